@@ -1,0 +1,67 @@
+"""The embedded world's SD3-shaped teacher, from nothing.
+
+Command:  python -m dmdr_jax.shapes.pretrain --config=configs/shapes/pretrain_sd3.py --out=DIR
+Stages:   vae (a learned 4-channel autoencoder, 32 px -> 8 x 8), then teacher (transformer and its
+          two CLIP text encoders trained together by flow matching).
+The folder this made, with its measurements, is dmdr_jax/shapes/assets/sd3.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.world = "small"
+    c.seed = 0
+
+    c.vae = ConfigDict()
+    c.vae.model = ConfigDict(
+        dict(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(8, 16, 32),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=32,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=False,
+        )
+    )
+    c.vae.steps = 1700
+    c.vae.batch = 32
+    c.vae.lr = 2e-3
+    c.vae.kl_weight = 1e-4
+
+    c.transformer = ConfigDict(
+        dict(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=128,
+            caption_projection_dim=128,
+            pooled_projection_dim=128,
+            pos_embed_max_size=16,
+            dual_attention_layers=(),
+            qk_norm="rms_norm",
+        )
+    )
+    c.context = 12  # tokens per prompt, start and end included
+    c.text = ConfigDict(dict(hidden_size=64, intermediate_size=256, projection_dim=64, num_hidden_layers=2, heads=4))
+
+    c.teacher = ConfigDict()
+    c.teacher.scenes = 65536  # encoded once, drawn from afterwards
+    c.teacher.steps = 16000
+    c.teacher.batch = 64
+    c.teacher.lr = 1.5e-3
+    c.teacher.warmup = 500
+    c.teacher.uncond_probability = 0.1
+    c.teacher.ema = 0.999
+    c.teacher.save_every = 1000
+    c.teacher.shift = 3.0  # the scheduler's, as Stable Diffusion 3's
+    return c

@@ -1,0 +1,154 @@
+"""The networks of a pipeline folder: from a ``config.json`` to a Linen module and its parameter shapes.
+
+A new family (SDXL) is an entry in `FAMILIES` and the builders of its classes.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dmdr_jax.diffusers_io import keymap
+from dmdr_jax.errors import UserError
+
+Config = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a kind of pipeline consists of.
+
+    Attributes:
+      name: how this project calls it.
+      pipeline_class: ``_class_name`` in diffusers' ``model_index.json``.
+      classes: component, its library and its class, in the order in which they are loaded.
+      tokenizers: the tokenizer of each text encoder.
+      optional: components that a pipeline may lack.
+    """
+
+    name: str
+    pipeline_class: str
+    classes: Mapping[str, tuple[str, str]]
+    tokenizers: Mapping[str, str]
+    optional: tuple[str, ...] = ()
+
+
+SD3 = Family(
+    name="sd3",
+    pipeline_class="StableDiffusion3Pipeline",
+    classes={
+        "transformer": ("diffusers", "SD3Transformer2DModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+        "text_encoder_3": ("transformers", "T5EncoderModel"),
+    },
+    tokenizers={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"},
+    optional=("text_encoder_3",),
+)
+
+FAMILIES = {family.pipeline_class: family for family in (SD3,)}
+
+
+def read_json(file: str | Path) -> Config:
+    """A JSON object; UserError if the file is absent, damaged or something else."""
+    file = Path(file)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a ``config.json`` of diffusers or transformers was written by."""
+    architectures = config.get("architectures") or [None]
+    return config.get("_class_name") or architectures[0]
+
+
+def build_module(class_name: str, config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """The Linen module of a diffusers or transformers class, computing in ``dtype``.
+
+    Raises:
+      UserError: no such class here, or a setting that its network does not have.
+    """
+    if class_name not in _BUILDERS:
+        raise UserError(f"the network {class_name} is not known here; known are {', '.join(_BUILDERS)}.")
+    return _BUILDERS[class_name][0](config, dtype)
+
+
+def abstract_params(class_name: str, module: nn.Module) -> Any:
+    """The parameter tree of such a module as ``jax.ShapeDtypeStruct``; costs no memory."""
+    return jax.tree.map(lambda leaf: leaf, _traced_params(class_name, module))
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_params(class_name: str, module: nn.Module) -> Any:
+    """Kept, as tracing a network takes about a second; its callers get copies."""
+    return keymap.abstract(module, *_BUILDERS[class_name][1](module.config))
+
+
+def init_params(class_name: str, module: nn.Module, key: jax.Array) -> Any:
+    """A freshly initialised parameter tree, for networks that are trained from scratch."""
+    inputs = [jnp.zeros(a.shape, a.dtype) for a in _BUILDERS[class_name][1](module.config)]
+    return module.init(key, *inputs)["params"]
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _mmdit(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+    from dmdr_jax.models.mmdit import MMDiT, MMDiTConfig
+
+    return MMDiT(MMDiTConfig.from_diffusers(config), dtype)
+
+
+def _mmdit_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    latents = _array(1, c.patch_size, c.patch_size, c.in_channels)
+    return latents, _array(1), _array(1, 1, c.joint_attention_dim), _array(1, c.pooled_projection_dim)
+
+
+def _vae(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+    from dmdr_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+
+    return AutoencoderKL(AutoencoderKLConfig.from_diffusers(config), dtype)
+
+
+def _vae_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (_array(1, c.downsampling, c.downsampling, 3),)
+
+
+def _clip(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+    from dmdr_jax.models.clip import ClipTextConfig, ClipTextModel
+
+    return ClipTextModel(ClipTextConfig.from_diffusers({"architectures": ["CLIPTextModelWithProjection"], **config}), dtype)
+
+
+def _t5(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+    from dmdr_jax.models.t5 import T5Config, T5Encoder
+
+    return T5Encoder(T5Config.from_diffusers(config), dtype)
+
+
+def _token_inputs(_: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (_array(1, 2, dtype=jnp.int32),)
+
+
+# Class name to (module from config, shapes of its inputs from its config).
+_BUILDERS: dict[str, tuple[Callable[..., nn.Module], Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]]] = {
+    "SD3Transformer2DModel": (_mmdit, _mmdit_inputs),
+    "AutoencoderKL": (_vae, _vae_inputs),
+    "CLIPTextModelWithProjection": (_clip, _token_inputs),
+    "T5EncoderModel": (_t5, _token_inputs),
+}

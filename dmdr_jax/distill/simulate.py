@@ -1,0 +1,88 @@
+"""Backward simulation: the inputs on which the student is trained, drawn from its own sampler.
+
+A generator update back-propagates through one student call at one grid level t_i. Two ways of
+making the input z_i of that call are built:
+
+* a kernel's name (``renoise``, ``ode``, ``cps(eta)``): z_i is the i-th state of the very sampler that
+  draws images afterwards (`dmdr_jax.diffusion.sampler`). ``renoise`` is DMD2's backward simulation.
+* ``ode_final``: the student's whole Euler trajectory is run and its *final* sample is renoised to t_i,
+  as DMDR's authors ran their SD3 models. Inference then uses ``ode``; the inputs differ from the states
+  that sampler visits, which is why it is not the default.
+
+At i = 0 the input is pure noise either way.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
+from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.sampler import OutputFn, rollout, run_prefix, sample
+
+Array = jax.Array
+
+
+class StudentInput(NamedTuple):
+    """Where the student is called: input ``z`` ``[b, h, w, c]`` at times ``t`` ``[b]``, grid index ``[b]``."""
+
+    z: Array
+    t: Array
+    index: Array
+    simulated: Array
+    """The simulated clean sample [b, h, w, c]: the final one for ``ode_final``, else the student's x0 at z."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+    """How student inputs are made.
+
+    Attributes:
+      mode: ``ode_final`` or a kernel's name.
+      grid: the student's times, ``steps + 1`` of them.
+      shared_index: draw one grid index for the whole batch (and simulate only the prefix it needs)
+        in place of one per sample.
+    """
+
+    mode: str
+    grid: tuple[float, ...]
+    shared_index: bool = False
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel to draw images with."""
+        return parse_kernel("ode" if self.mode == "ode_final" else self.mode)
+
+    @property
+    def steps(self) -> int:
+        return len(self.grid) - 1
+
+    def student_input(self, output_fn: OutputFn, process: Flow, noise: Array, key: Array) -> StudentInput:
+        """Simulates from ``noise`` without gradient and picks a grid index per sample (or per batch)."""
+        output_fn = _without_gradient(output_fn)
+        key_index, key_kernel, key_renoise = jax.random.split(key, 3)
+        batch = noise.shape[0]
+        shape = () if self.shared_index else (batch,)
+        index = jnp.broadcast_to(jax.random.randint(key_index, shape, 0, self.steps), (batch,))
+        t = jnp.asarray(self.grid, jnp.float32)[index]
+        if self.mode == "ode_final":
+            final = sample(output_fn, process, self.kernel, noise, self.grid, key_kernel)
+            fresh = jax.random.normal(key_renoise, noise.shape, noise.dtype)
+            z = _rows_where(index == 0, noise, process.add_noise(final, fresh, t))
+            return StudentInput(z, t, index, final)
+        if self.shared_index:
+            z = run_prefix(output_fn, process, self.kernel, noise, self.grid, key_kernel, index[0])
+            return StudentInput(z, t, index, process.to_x0(z, output_fn(z, t), t))
+        trajectory = rollout(output_fn, process, self.kernel, noise, self.grid, key_kernel)
+        rows = jnp.arange(batch)
+        return StudentInput(trajectory.states[index, rows], t, index, trajectory.x0[index, rows])
+
+
+def _without_gradient(output_fn: OutputFn) -> OutputFn:
+    return lambda z, t: jax.lax.stop_gradient(output_fn(z, t))
+
+
+def _rows_where(condition: Array, yes: Array, no: Array) -> Array:
+    return jnp.where(condition[:, None, None, None], yes, no)

@@ -1,0 +1,85 @@
+"""A student on its way back to diffusers."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dmdr_jax import lora
+from dmdr_jax.diffusers_io.lora_file import write_lora
+from dmdr_jax.diffusers_io.pipeline import save_pipeline
+from dmdr_jax.diffusion.grids import explicit_config, explicit_sigmas, scheduler_config_for
+from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
+from dmdr_jax.errors import UserError
+from dmdr_jax.model import Model
+
+LOADING = """import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype})
+"""
+
+
+def export_folder(model: Model, out: str, dtype: str | None, kernel: str | None, overwrite: bool) -> str:
+    """Writes the complete pipeline; returns how to call it."""
+    scheduler, call = sampler_settings(model, kernel)
+    weights = model.weights
+    params = weights.params if weights.lora is None else lora.merge(weights.params, weights.lora, weights.lora_scale)
+    student = {
+        "grid": student_levels(model),
+        "shift": model.meta["config"]["student"]["shift"],
+        "kernel": str(student_kernel(model, kernel)),
+        "teacher": model.meta["teacher"],
+        "step": model.meta["step"],
+        "call": call,
+    }
+    stored = None if dtype is None else jnp.dtype(dtype)
+    folder = save_pipeline(model.pipeline, out, {"transformer": params}, scheduler, student, stored, overwrite)
+    return LOADING.format(folder=str(folder), dtype=dtype or "float16") + f"image = {call}"
+
+
+def export_lora(model: Model, out: str, dtype: str | None, kernel: str | None, overwrite: bool) -> str:
+    """Writes the generator's LoRA; returns how to use it on the teacher."""
+    if model.weights.lora is None:
+        raise UserError("this run trained the full network, not a LoRA: export it without --lora.")
+    if not out.endswith(".safetensors"):
+        raise UserError(f"--out {out}: a LoRA file's name ends in .safetensors.")
+    if Path(out).exists() and not overwrite:
+        raise UserError(f"{out} exists: give another name or --overwrite.")
+    scheduler, call = sampler_settings(model, kernel)
+    write_lora(out, model.weights.lora, model.weights.lora_scale, np.dtype(jnp.dtype(dtype or "float32")))
+    settings = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+    return (
+        LOADING.format(folder=model.meta["teacher"], dtype="float16")
+        + f"pipe.load_lora_weights({out!r})\n"
+        + f"pipe.scheduler = type(pipe.scheduler)(**{settings})\n"
+        + f"image = {call}"
+    )
+
+
+def student_kernel(model: Model, kernel: str | None) -> Kernel:
+    return parse_kernel(kernel or model.meta["student"]["kernel"])
+
+
+def student_levels(model: Model) -> list[float]:
+    """The student's grid with the last target 0, where diffusers ends (the released code's grid ends at 0.001)."""
+    return [*model.meta["student"]["grid"][:-1], 0.0]
+
+
+def sampler_settings(model: Model, kernel: str | None) -> tuple[dict[str, Any], str]:
+    """The scheduler's configuration and the one call that draws the student with it.
+
+    Raises:
+      UserError: diffusers has no scheduler for the student's kernel.
+    """
+    chosen = student_kernel(model, kernel)
+    if 0.0 < chosen.eta < 1.0:
+        raise UserError(f"diffusers has no scheduler for the kernel {chosen}: choose --kernel ode or --kernel renoise.")
+    grid, base = student_levels(model), model.pipeline.scheduler
+    steps = len(grid) - 1
+    config = scheduler_config_for(grid, base, chosen.stochastic)
+    if config is not None:
+        return config, f"pipe(prompt, num_inference_steps={steps}, guidance_scale=0.0).images[0]"
+    sigmas = [round(s, 7) for s in explicit_sigmas(grid, 1.0)]
+    return explicit_config(base, chosen.stochastic), f"pipe(prompt, sigmas={sigmas}, guidance_scale=0.0).images[0]"

@@ -1,0 +1,117 @@
+"""Drawing images: prompts and noise in, pixels out. Shared by sampling, evaluation and training previews."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmdr_jax.diffusers_io.pipeline import Pipeline
+from dmdr_jax.diffusers_io.text import encode, tokenize
+from dmdr_jax.diffusion.denoiser import Denoiser, Weights
+from dmdr_jax.diffusion.kernels import Kernel
+from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.sampler import sample
+from dmdr_jax.models.autoencoder import AutoencoderKL, raw_from_latents
+
+Array = jax.Array
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to draw: the grid (``steps + 1`` times), the kernel, and the guidance scale (1 or less: none)."""
+
+    grid: tuple[float, ...]
+    kernel: Kernel
+    guidance: float
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1.0
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        return (len(self.grid) - 1) * (2 if self.guided else 1)
+
+
+def decode_images(vae: AutoencoderKL, params: Tree, latents: Array) -> Array:
+    """Latents ``[b, h, w, c]`` to pixels ``[b, H, W, 3]``, nominally in [0, 1] and not clipped, fp32."""
+    pixels = vae.apply({"params": params}, raw_from_latents(latents, vae.config), method="decode")
+    return pixels.astype(jnp.float32) * 0.5 + 0.5
+
+
+def initial_noise(pipeline: Pipeline, height: int, width: int, seeds: Sequence[int]) -> np.ndarray:
+    """Standard normal latents ``[b, h, w, c]``; row i depends on ``seeds[i]`` alone, whatever the batch."""
+    factor = pipeline.modules["vae"].config.downsampling
+    shape = (height // factor, width // factor, pipeline.modules["transformer"].config.in_channels)
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    return np.asarray(jax.vmap(lambda k: jax.random.normal(k, shape))(keys))
+
+
+@functools.partial(jax.jit, static_argnames=("modules", "recipe"))
+def _draw(modules: "_Modules", recipe: Recipe, params: Tree, weights: Weights, ids, empty_ids, noise, key) -> Array:
+    networks = modules.as_dict()
+    denoiser = Denoiser(networks["transformer"], Flow())
+    cond = encode(networks, params, ids)
+    uncond = encode(networks, params, empty_ids) if recipe.guided else None
+
+    def output_fn(z, t):
+        return denoiser.guided_output(weights, z, t, cond, uncond, recipe.guidance)
+
+    latents = sample(output_fn, denoiser.process, recipe.kernel, noise, recipe.grid, key)
+    return jnp.clip(decode_images(networks["vae"], params["vae"], latents), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Modules:
+    """Hashable modules, so that one compiled program serves every call with the same networks."""
+
+    items: tuple[tuple[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.items)
+
+
+def draw_images(
+    pipeline: Pipeline,
+    weights: Weights,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    noise: np.ndarray,
+    *,
+    batch: int = 32,
+    negative_prompt: str = "",
+    seed: int = 0,
+    params: Mapping[str, Tree] | None = None,
+    progress: Callable[[int], Any] = lambda drawn: None,
+) -> np.ndarray:
+    """Images ``[n, H, W, 3]`` float32 in [0, 1], in the prompts' order.
+
+    Args:
+      pipeline: loaded with VAE and text encoders.
+      weights: the denoiser to draw with (the teacher's parameters, or a student's).
+      noise: initial latents ``[n, h, w, c]``.
+      batch: images per compiled call; the last one is padded, so that one program serves all.
+      seed: randomness of stochastic kernels, folded with the index of the batch.
+      params: text encoders and VAE; the pipeline's own by default.
+      progress: called with the number of images drawn, batch by batch.
+    """
+    params = dict(params or pipeline.params)
+    params.pop("transformer", None)
+    modules = _Modules(tuple(sorted(pipeline.modules.items())))
+    empty = tokenize(pipeline, [negative_prompt])
+    batch = min(batch, len(prompts))
+    images = []
+    for start in range(0, len(prompts), batch):
+        rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
+        ids = tokenize(pipeline, [prompts[i] for i in rows])
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        drawn = _draw(modules, recipe, params, weights, ids, empty, jnp.asarray(noise[rows]), key)
+        images.append(np.asarray(drawn)[: len(prompts) - start])
+        progress(len(images[-1]))
+    return np.concatenate(images)

@@ -1,0 +1,115 @@
+"""Draws images from prompts, with a teacher or a student.
+
+    python -m dmdr_jax.sample --model FOLDER-OR-RUN --prompts prompts.txt --out images
+
+A plain diffusers folder is drawn with its own scheduler, so that the same latents, prompts, steps
+and guidance give the pixels that diffusers gives; a student is drawn on the grid it was trained on.
+"""
+
+import argparse
+from typing import Any
+
+from dmdr_jax import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.make_parser(__doc__)
+    p.add_argument("--model", required=True, help="diffusers folder, hub id, shapes:NAME, exported student, or a run")
+    p.add_argument("--prompts", required=True, help="prompts: .txt (one per line), .jsonl, .parquet, ...")
+    p.add_argument("--out", required=True, help="folder for the images")
+    p.add_argument("--steps", type=int, help="sampler steps (default: 28 for a teacher, a student's own)")
+    p.add_argument("--kernel", help="ode, renoise or cps(eta) (default: the model's own)")
+    p.add_argument("--guidance", type=float, help="guidance scale; 1 or less: none (default: 7, students 1)")
+    p.add_argument("--negative_prompt", default="", help="what guidance leads away from")
+    p.add_argument("--seed", type=int, default=0, help="image i starts from the noise of seed + i")
+    p.add_argument("--latents", help="initial noise, .npy [b, c, h, w] as diffusers shapes it, one per prompt")
+    p.add_argument("--height", type=int, help="pixels (default: the model's own)")
+    p.add_argument("--width", type=int, help="pixels")
+    p.add_argument("--batch", type=int, default=16, help="images drawn at a time")
+    p.add_argument("--format", choices=("png", "npy"), default="png", help="npy: one images.npy [b, h, w, 3] in [0, 1]")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of networks and activations")
+    p.add_argument("--no_ema", action="store_true", help="of a run, the last weights in place of their average")
+    return p
+
+
+def main(args: Any) -> None:
+    import json
+    from pathlib import Path
+
+    from dmdr_jax.data.prompts import load_prompts
+
+    prompts = load_prompts(args.prompts)
+    latents = read_latents(args.latents, len(prompts)) if args.latents else None
+
+    import jax.numpy as jnp
+    from tqdm import tqdm
+
+    from dmdr_jax.generate import draw_images, initial_noise
+    from dmdr_jax.model import open_model
+
+    model = open_model(args.model, getattr(jnp, args.dtype), use_ema=not args.no_ema)
+    size = image_size(model, args.height, args.width, latents)
+    recipe = model.recipe(args.steps, args.kernel, args.guidance, size)
+    if latents is None:
+        latents = initial_noise(model.pipeline, *size, range(args.seed, args.seed + len(prompts)))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(prompts), desc=f"{len(recipe.grid) - 1} steps, {recipe.kernel}", unit="image") as bar:
+        options = dict(batch=args.batch, negative_prompt=args.negative_prompt, seed=args.seed, progress=bar.update)
+        images = draw_images(model.pipeline, model.weights, recipe, prompts, latents, **options)
+    write_images(out, images, args.format)
+    (out / "prompts.txt").write_text("".join(" ".join(p.split()) + "\n" for p in prompts), encoding="utf-8")
+    (out / "settings.json").write_text(json.dumps({**vars(args), "grid": recipe.grid, "nfe": recipe.nfe}, indent=2))
+    print(f"{len(images)} images in {out}")
+
+
+def read_latents(file: str, count: int) -> Any:
+    """Noise ``[b, c, h, w]`` from a file, as ``[b, h, w, c]`` float32; UserError where it does not fit."""
+    import numpy as np
+
+    from dmdr_jax.errors import UserError
+
+    try:
+        latents = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--latents {file} is not a readable .npy file: {error}.") from None
+    if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
+        raise UserError(f"--latents must be floats [b, c, h, w]; {file} holds {latents.dtype} {latents.shape}.")
+    if len(latents) != count:
+        raise UserError(f"--latents {file} holds {len(latents)} latents for {count} prompts: give one per prompt.")
+    return np.ascontiguousarray(latents.transpose(0, 2, 3, 1), np.float32)
+
+
+def image_size(model: Any, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
+    """The image's height and width; UserError where sizes and latents do not fit the model."""
+    from dmdr_jax.errors import UserError
+
+    transformer, factor = model.pipeline.modules["transformer"].config, model.pipeline.modules["vae"].config.downsampling
+    unit = factor * transformer.patch_size
+    if latents is not None:
+        h, w, channels = latents.shape[1:]
+        if channels != transformer.in_channels:
+            raise UserError(f"--latents have {channels} channels; this model's have {transformer.in_channels}.")
+        if (height or h * factor, width or w * factor) != (h * factor, w * factor):
+            raise UserError(f"--latents are for {h * factor} x {w * factor} pixels, not {height} x {width}.")
+        height, width = h * factor, w * factor
+    height, width = height or model.size[0], width or model.size[1]
+    if height < unit or width < unit or height % unit or width % unit:
+        raise UserError(f"--height and --width must be multiples of {unit}, not {height} and {width}.")
+    return height, width
+
+
+def write_images(out: Any, images: Any, file_format: str) -> None:
+    """``images.npy``, or one numbered PNG per image."""
+    import numpy as np
+    from PIL import Image
+
+    if file_format == "npy":
+        np.save(out / "images.npy", images)
+        return
+    for i, image in enumerate(images):
+        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(out / f"{i:05d}.png")
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

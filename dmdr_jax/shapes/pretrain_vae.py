@@ -1,0 +1,64 @@
+"""Trains the embedded world's autoencoder: pixel error plus a small KL term (Kingma & Welling 2014)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from dmdr_jax.models.autoencoder import AutoencoderKL
+from dmdr_jax.shapes import prompts, render
+from dmdr_jax.shapes.world import World
+
+Array = jax.Array
+Tree = Any
+
+
+def vae_loss(vae: AutoencoderKL, params: Tree, images: Array, key: Array, kl_weight: float) -> tuple[Array, dict]:
+    """``mean |x - dec(z)| + mean (x - dec(z))^2 + kl_weight * KL(q(z|x) || N(0, I))`` per latent element."""
+    mean, logvar = vae.apply({"params": params}, images, method="encode")
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = vae.apply({"params": params}, z, method="decode") - images
+    kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
+    loss = jnp.abs(error).mean() + (error**2).mean() + kl_weight * kl
+    return loss, {"l1": jnp.abs(error).mean(), "mse": (error**2).mean(), "kl": kl}
+
+
+def train_vae(vae: AutoencoderKL, world: World, *, steps: int, batch: int, lr: float, kl_weight: float, seed: int):
+    """Returns the trained parameters and (scaling_factor, shift_factor) that standardise the latents."""
+    rng = np.random.default_rng(seed)
+    side = world.size
+    params = vae.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, lr * 0.01)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+    @jax.jit
+    def step(params, opt_state, images, key):
+        grads, metrics = jax.grad(vae_loss, argnums=1, has_aux=True)(vae, params, images, key, kl_weight)
+        updates, opt_state = optimiser.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    opt_state = optimiser.init(params)
+    bar = tqdm(range(steps), desc="vae", mininterval=5)
+    for i in bar:
+        scenes, _ = prompts.sample_batch(world, batch, rng)
+        images = jnp.asarray(render.render(world, scenes)) * 2.0 - 1.0
+        params, opt_state, metrics = step(params, opt_state, images, jax.random.fold_in(jax.random.key(seed + 1), i))
+        if i % 100 == 99:
+            bar.set_postfix({k: f"{float(v):.4f}" for k, v in metrics.items()})
+    return params, latent_statistics(vae, params, world, rng)
+
+
+def latent_statistics(vae: AutoencoderKL, params: Tree, world: World, rng: np.random.Generator) -> tuple[float, float]:
+    """(1 / standard deviation, mean) of the raw latents over 2048 fresh scenes."""
+    scenes, _ = prompts.sample_batch(world, 2048, rng)
+    raw = encode_images(vae, params, render.render(world, scenes))
+    return float(1.0 / raw.std()), float(raw.mean())
+
+
+def encode_images(vae: AutoencoderKL, params: Tree, images: np.ndarray, batch: int = 256) -> np.ndarray:
+    """Raw latent means ``[n, h, w, c]`` of images ``[n, H, W, 3]`` in [0, 1]."""
+    encode = jax.jit(lambda p, x: vae.apply({"params": p}, x * 2.0 - 1.0, method="encode")[0])
+    return np.concatenate([np.asarray(encode(params, images[i : i + batch])) for i in range(0, len(images), batch)])

@@ -1,0 +1,368 @@
+"""Training and measuring the embedded world's rewards; `dmdr_jax.shapes.train_rewards` is the program."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from dmdr_jax.diffusers_io.safetensors_io import write_text, write_tree
+from dmdr_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from dmdr_jax.rewards.clip_reward import Preprocessing, embed_images, embed_texts, split_params, towers
+from dmdr_jax.shapes import prompts, rewards
+from dmdr_jax.shapes.reward_data import all_world_records, make_groups
+from dmdr_jax.shapes.tokenizer import make_tokenizers, save_tokenizer
+from dmdr_jax.shapes.verifier import judge
+from dmdr_jax.shapes.world import get_world
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one reward is built and trained.
+
+    Attributes:
+      patch, width, layers: the image tower.
+      projection: width of the common space.
+      hard_negatives: contrast with every caption and with changed and spoilt pictures; otherwise with clean
+        pictures and captions of other words only.
+      replays, radius: free adversarial training: passes over a batch, and the L2 bound of the change to an image
+        (of 3 h w numbers in [0, 1]) that they share; 1 and 0 for none.
+      preference_steps: how many of the steps, as a share, fine-tune on preference pairs at the end.
+      groups: groups of pictures in a batch.
+      lr: peak learning rate.
+    """
+    patch: int
+    width: int
+    layers: int
+    projection: int
+    hard_negatives: bool
+    replays: int = 1
+    radius: float = 0.0
+    preference_steps: float = 0.0
+    groups: int = 16
+    lr: float = 2e-3
+
+
+RECIPES = {
+    "shapes_clip": Recipe(patch=8, width=80, layers=3, projection=48, hard_negatives=True, replays=3, radius=1.0),
+    "shapes_hps": Recipe(
+        patch=8, width=64, layers=2, projection=48, hard_negatives=False, preference_steps=0.4, groups=64
+    ),
+    "shapes_judge": Recipe(
+        patch=4, width=64, layers=2, projection=32, hard_negatives=True, replays=3, radius=0.7, groups=10
+    ),
+}
+
+TEXT_WIDTH, TEXT_LAYERS, HEADS = 64, 2, 4
+IMAGE_MEAN, IMAGE_STD = (0.5,) * 3, (0.25,) * 3
+MAX_SCALE = 20.0  # of the logits; a low one makes the cosines of right and wrong pictures lie far apart
+WORSE_KINDS = ("recolored", "reshaped", "missing", "half", "blurred", "noisy")  # what raters saw
+BIAS, LABEL_NOISE, EQUAL_SHARE = 0.7, 0.1, 0.3
+PREFERENCE_SCALE = 20.0
+PREFERENCE_LR = 0.25  # of the peak learning rate
+POOL_GROUPS, TEST_GROUPS = 6000, 400
+TEST_SEED = 10_000
+REPAIR_STEPS, REPAIR_STEP = 40, 0.4
+
+
+def clip_config(recipe: Recipe, vocabulary: int, image_size: int, context: int) -> "ClipConfig":
+    """The network of a recipe; the end token is the last of the vocabulary."""
+    vision = ClipVisionConfig(
+        hidden_size=recipe.width,
+        intermediate_size=4 * recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=HEADS,
+        projection_dim=recipe.projection,
+        image_size=image_size,
+        patch_size=recipe.patch,
+        with_projection=False,
+    )
+    text = ClipTextConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=HEADS,
+        projection_dim=recipe.projection,
+        vocab_size=vocabulary,
+        max_position_embeddings=context,
+        eos_token_id=vocabulary - 1,
+        with_projection=False,
+    )
+    return ClipConfig(text, vision, recipe.projection)
+
+
+class Trainer:
+    """A CLIP over all captions of a world."""
+
+    def __init__(self, recipe: Recipe, world: Any, steps: int, seed: int):
+        self.recipe, self.world, self.steps, self.seed = recipe, world, steps, seed
+        records = all_world_records(world)
+        self.captions = [record["prompt"] for record in records]
+        self.trained = np.array([not prompts.is_held_out(world, record) for record in records])
+        self.alike = rewards.same_words(self.captions)
+        self.tokenizer = make_tokenizers(prompts.vocabulary(world))[0]
+        ids = np.asarray(self.tokenizer(self.captions, padding="max_length").input_ids, np.int32)
+        # Under causal attention nothing after the end token counts: shorter rows give the same features.
+        self.ids = jnp.asarray(ids[:, : (ids != self.tokenizer.eos_token_id).sum(1).max() + 1])
+        context = self.tokenizer.model_max_length
+        self.config = clip_config(recipe, len(self.tokenizer), world.size, context)
+        self.preprocess = Preprocessing(world.size, IMAGE_MEAN, IMAGE_STD)
+        self.vision, self.text = towers(self.config, jnp.float32)
+        images = jnp.zeros((1, world.size, world.size, 3))
+        self.params = jax.jit(Clip(self.config).init)(jax.random.key(seed), self.ids[:1], images)["params"]
+        self._cosines = jax.jit(self.cosines)
+
+    def cosines(self, params: Any, images: Any, ids: Any) -> Any:
+        """Cosines `[b, c]` of images `[b, h, w, 3]` in [0, 1] with the captions `[c, n]`."""
+        vision, text = split_params(params)
+        return embed_images(self.vision, self.preprocess, vision, images) @ embed_texts(self.text, text, ids).T
+
+    def group_cosines(self, groups: Any, batch: int = 512) -> Any:
+        """Cosines of every picture of the groups with every caption, `[g, m, c]`, on the host."""
+        flat = groups.images.reshape(-1, *groups.images.shape[2:])
+        parts = (flat[i : i + batch] / np.float32(255) for i in range(0, len(flat), batch))
+        rows = [np.asarray(self._cosines(self.params, part, self.ids)) for part in parts]
+        return np.concatenate(rows).reshape(*groups.images.shape[:2], -1)
+
+
+def optimiser(lr: float, steps: int) -> Any:
+    """AdamW with warm-up and cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, steps // 10 + 1), steps + 1, 0.02 * lr)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
+
+
+def augment(key: Any, images: Any) -> Any:
+    """A little noise and a shift by at most one pixel, which leave every verdict as it is."""
+    key_shift, key_noise, key_level = jax.random.split(key, 3)
+    b, size = images.shape[:2]
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    shifts = jax.random.randint(key_shift, (b, 2), 0, 3)
+    cut = jax.vmap(lambda x, s: jax.lax.dynamic_slice(x, (s[0], s[1], 0), (size, size, 3)))
+    level = jax.random.uniform(key_level, (b, 1, 1, 1), maxval=0.04)
+    return jnp.clip(cut(padded, shifts) + level * jax.random.normal(key_noise, images.shape), 0.0, 1.0)
+
+
+def contrastive_step(trainer: Trainer, opt: Any) -> Callable:
+    """A compiled ``(params, opt_state, images, change, positive, negative) -> (params, opt_state, change, loss)``.
+
+    `change` `[b, h, w, 3]` is added to the images and then moved up the loss within the recipe's L2 ball, at no
+    extra pass: free adversarial training (Shafahi et al. 2019), which makes image gradients follow what people see.
+    """
+    columns = trainer.trained.nonzero()[0]
+    ids = trainer.ids[columns]
+    radius = trainer.recipe.radius
+
+    def loss_fn(params: Any, change: Any, images: Any, positive: Any, negative: Any) -> Any:
+        scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(MAX_SCALE)))
+        cosines = trainer.cosines(params, images + change, ids)
+        return rewards.contrastive_loss(cosines, scale, positive, negative)
+
+    def step(params: Any, opt_state: Any, images: Any, change: Any, positive: Any, negative: Any) -> Any:
+        loss, (grads, uphill) = jax.value_and_grad(loss_fn, (0, 1))(params, change, images, positive, negative)
+        updates, opt_state = opt.update(grads, opt_state, params)
+        change = ball(change + radius * unit_images(uphill), radius)
+        change = jnp.clip(images + change, 0.0, 1.0) - images
+        return optax.apply_updates(params, updates), opt_state, change, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def unit_images(images: Any) -> Any:
+    """Each image `[b, h, w, 3]` divided by its L2 norm."""
+    return images / jnp.maximum(jnp.sqrt((images**2).sum((1, 2, 3), keepdims=True)), 1e-12)
+
+
+def ball(change: Any, radius: float) -> Any:
+    """Each change `[b, h, w, 3]` cut to L2 norm `radius`."""
+    norm = jnp.sqrt((change**2).sum((1, 2, 3), keepdims=True))
+    return change * jnp.minimum(1.0, radius / jnp.maximum(norm, 1e-12))
+
+
+def train_contrastive(trainer: Trainer, groups: Any, steps: int) -> None:
+    """Trains `trainer.params` on batches of groups."""
+    recipe = trainer.recipe
+    opt = optimiser(recipe.lr, steps)
+    step, opt_state = contrastive_step(trainer, opt), opt.init(trainer.params)
+    to_float = jax.jit(lambda key, x: augment(key, x.astype(jnp.float32) / 255))
+    for i, bar in progress("contrastive", steps):
+        if i % recipe.replays == 0:
+            rows = np.random.default_rng((trainer.seed, i)).integers(0, len(groups.prompt), recipe.groups)
+            pictures = groups.images[rows].reshape(-1, *groups.images.shape[2:])
+            images = to_float(jax.random.fold_in(jax.random.key(trainer.seed), i), pictures)
+            truth = groups.truth[rows].reshape(len(pictures), -1)
+            negative = ~truth if recipe.hard_negatives else rewards.blind_to_order(truth, trainer.alike)
+            positive, negative = truth[:, trainer.trained], negative[:, trainer.trained]
+            change = jnp.zeros_like(images)
+        trainer.params, opt_state, change, loss = step(trainer.params, opt_state, images, change, positive, negative)
+        report(bar, i, loss)
+
+
+def train_preference(trainer: Trainer, pairs: Any, steps: int) -> None:
+    """Fine-tunes `trainer.params` on biased, noisy preferences, as HPSv2 was on people's."""
+    batch = trainer.recipe.groups
+    opt = optimiser(PREFERENCE_LR * trainer.recipe.lr, steps)
+
+    def loss_fn(params: Any, preferred: Any, rejected: Any, prompt: Any) -> Any:
+        vision, text = split_params(params)
+        wanted = embed_texts(trainer.text, text, trainer.ids[prompt])
+        shown = embed_images(trainer.vision, trainer.preprocess, vision, jnp.concatenate([preferred, rejected]))
+        better, worse = jnp.split((shown * jnp.tile(wanted, (2, 1))).sum(-1), 2)
+        return rewards.preference_loss(better, worse, PREFERENCE_SCALE)
+
+    @jax.jit
+    def step(params: Any, opt_state: Any, key: Any, better: Any, worse: Any, prompt: Any) -> Any:
+        key_pair, key_augment = jax.random.split(key)
+        both = augment(key_augment, jnp.concatenate([better, worse]).astype(jnp.float32) / 255)
+        preferred, rejected = rewards.biased_pair(key_pair, *jnp.split(both, 2), bias=BIAS, noise=LABEL_NOISE)
+        loss, grads = jax.value_and_grad(loss_fn)(params, preferred, rejected, prompt)
+        updates, opt_state = opt.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state = opt.init(trainer.params)
+    for i, bar in progress("preference", steps):
+        rows = np.random.default_rng((trainer.seed, 1, i)).integers(0, len(pairs.prompt), batch)
+        key = jax.random.fold_in(jax.random.key(trainer.seed + 1), i)
+        chosen = (pairs.better[rows], pairs.worse[rows], pairs.prompt[rows])
+        trainer.params, opt_state, loss = step(trainer.params, opt_state, key, *chosen)
+        report(bar, i, loss)
+
+
+def progress(name: str, steps: int) -> Any:
+    """Step numbers with a bar that shows rate and time left."""
+    bar = tqdm(range(steps), desc=name, mininterval=5)
+    for i in bar:
+        yield i, bar
+
+
+def report(bar: Any, i: int, loss: Any) -> None:
+    """Shows the loss now and then; reading it waits for the device."""
+    if i % 50 == 49:
+        bar.set_postfix(loss=f"{float(loss):.4f}")
+
+
+def measure(trainer: Trainer, seed: int = TEST_SEED) -> dict[str, float]:
+    """All measures on fresh groups: prompts that were trained on under `seen/`, the others under `held_out/`."""
+    metrics: dict[str, float] = {}
+    for offset, (name, split) in enumerate((("seen", "train"), ("held_out", "held_out"))):
+        groups = make_groups(trainer.world, TEST_GROUPS, seed + offset, split)
+        cosines = trainer.group_cosines(groups)
+        found = {**rewards.retrieval_metrics(cosines, groups), **rewards.verdict_metrics(cosines, groups)}
+        found |= repair_metrics(trainer, groups)
+        found |= taste_metrics(trainer, groups, seed)
+        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+    return metrics
+
+
+def repair_metrics(trainer: Trainer, groups: Any, count: int = 256) -> dict[str, float]:
+    """What climbing the score does to wrong pictures: verdicts and scores before and after steps on the pixels.
+
+    REPAIR_STEPS steps of L2 length REPAIR_STEP along the gradient, kept in [0, 1]. An informative reward makes
+    wrong pictures right; one that can be fooled raises its score alone.
+    """
+    own = np.take_along_axis(groups.truth, groups.prompt[:, None, None], 2)[..., 0]
+    wrong = np.argwhere(~own)
+    wrong = wrong[np.random.default_rng(0).permutation(len(wrong))[:count]]
+    start = jnp.asarray(groups.images[wrong[:, 0], wrong[:, 1]].astype(np.float32) / 255)
+    vision, text = split_params(trainer.params)
+    features = embed_texts(trainer.text, text, trainer.ids[groups.prompt[wrong[:, 0]]])
+
+    def total(images: Any) -> Any:
+        scores = (embed_images(trainer.vision, trainer.preprocess, vision, images) * features).sum(-1)
+        return scores.sum(), scores
+
+    @jax.jit
+    def climb(images: Any) -> Any:
+        def one(images: Any, _: Any) -> Any:
+            uphill, scores = jax.grad(total, has_aux=True)(images)
+            return jnp.clip(images + REPAIR_STEP * unit_images(uphill), 0.0, 1.0), scores.mean()
+
+        return jax.lax.scan(one, images, None, length=REPAIR_STEPS)
+
+    end, scores = climb(start)
+    records = all_world_records(trainer.world)
+    asked = [records[p] for p in groups.prompt[wrong[:, 0]]]
+    before = judge(trainer.world, np.asarray(start), asked).summary()
+    after = judge(trainer.world, np.asarray(end), asked).summary()
+    metrics = {f"repair/{name}": after[name] for name in ("strict", "lenient", "partial", "junk_fraction")}
+    metrics["repair/partial_before"] = before["partial"]
+    return metrics | {"repair/score_before": float(scores[0]), "repair/score": float(total(end)[1].mean())}
+
+
+def taste_metrics(trainer: Trainer, groups: Any, seed: int) -> dict[str, float]:
+    """Pair accuracies: `unbiased` (same saturation), `better_saturated`, `worse_saturated`; and `taste`.
+
+    `taste` is how often, of two right pictures, the more saturated one scores higher; .5 is no taste.
+    """
+    pairs = rewards.preference_pairs(groups, WORSE_KINDS, EQUAL_SHARE, seed)
+    vision, text = split_params(trainer.params)
+    features = embed_texts(trainer.text, text, trainer.ids[pairs.prompt])
+
+    def scores(images: Any, factor: float) -> Any:
+        shown = rewards.saturate(jnp.asarray(images, jnp.float32) / 255, jnp.full(len(images), factor))
+        return np.asarray((embed_images(trainer.vision, trainer.preprocess, vision, shown) * features).sum(-1))
+
+    low, high = 0.8, 1.4
+    judged = ~pairs.equal
+    plain = scores(pairs.better, 1.0) > scores(pairs.worse, 1.0)
+    liked = scores(pairs.better, high) > scores(pairs.worse, low)
+    disliked = scores(pairs.better, low) > scores(pairs.worse, high)
+    return {
+        "preference/unbiased": float(plain[judged].mean()),
+        "preference/better_saturated": float(liked[judged].mean()),
+        "preference/worse_saturated": float(disliked[judged].mean()),
+        "preference/taste": float(np.concatenate([liked[pairs.equal], ~disliked[pairs.equal]]).mean()),
+    }
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Writes a transformers CLIPModel folder: fp16 weights, configs, image processor, tokenizer."""
+    write_tree(folder, trainer.params, jnp.float16, stem="model")
+    config = trainer.config.to_diffusers()
+    ids = {name: getattr(trainer.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config["text_config"] |= ids
+    size = trainer.world.size
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+    }
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    save_tokenizer(trainer.tokenizer, folder)
+
+
+def train(name: str, world_name: str, steps: int, seed: int, pool: int) -> tuple[Trainer, dict[str, float]]:
+    """Trains a reward: (trainer, measures)."""
+    recipe, world = RECIPES[name], get_world(world_name)
+    trainer = Trainer(recipe, world, steps, seed)
+    preference_steps = round(recipe.preference_steps * steps)
+    started = time.monotonic()
+    shown = {} if recipe.hard_negatives else {"scene_kinds": (), "picture_kinds": ()}
+    groups = make_groups(world, pool, seed, **shown)
+    print(f"{groups.kinds.size} pictures in {time.monotonic() - started:.0f} s", flush=True)
+    train_contrastive(trainer, groups, steps - preference_steps)
+    if preference_steps:
+        kinds = [kind for kind in WORSE_KINDS]
+        scenes = tuple(kind for kind in kinds if kind in ("recolored", "reshaped", "missing"))
+        pictures = tuple(kind for kind in kinds if kind not in scenes)
+        rated = make_groups(world, pool // 2, seed + 1, scene_kinds=(scenes,) * 2, picture_kinds=(pictures,) * 2)
+        train_preference(trainer, rewards.preference_pairs(rated, WORSE_KINDS, EQUAL_SHARE, seed), preference_steps)
+    started = time.monotonic()
+    metrics = measure(trainer)
+    print(f"measured in {time.monotonic() - started:.0f} s", flush=True)
+    return trainer, metrics

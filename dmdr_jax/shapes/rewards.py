@@ -1,0 +1,191 @@
+"""How the embedded world's rewards learn and are measured.
+
+Three CLIPs over the same captions, told apart by what they were shown:
+
+* `shapes_clip` is contrasted with everything that is nearly right, and so its gradient points towards
+  the strict verdict;
+* `shapes_hps` is a preference model after HPSv2 (Wu et al. 2023): a CLIP that has never been contrasted
+  with a caption of the same words, fine-tuned on pairs with noisy labels and a taste for saturated
+  colors. It can be hacked, and how is known;
+* `shapes_judge` is a second, different network of the first kind, for judging alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmdr_jax.shapes.reward_data import KINDS, Groups
+
+Array = jax.Array
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def multi_positive_nce(logits: Array, positive: Array, negative: Array) -> Array:
+    """InfoNCE with several positives that do not compete, averaged over the rows that have one.
+
+    A row's loss is the mean over its positives p of ``-log(exp l_p / (exp l_p + sum_neg exp l_n))``.
+
+    Args:
+      logits: `[m, n]`; positive, negative: bool `[m, n]`; what is neither does not count.
+
+    Returns:
+      A scalar, fp32; 0 where no row has a positive.
+    """
+    against = jax.nn.logsumexp(jnp.where(negative, logits, -1e9), axis=1, keepdims=True)
+    loss = jnp.where(positive, jax.nn.softplus(against - logits), 0.0)
+    count = positive.sum(1)
+    rows = loss.sum(1) / jnp.maximum(count, 1)
+    return rows.sum() / jnp.maximum((count > 0).sum(), 1)
+
+
+def contrastive_loss(cosines: Array, scale: Array, positive: Array, negative: Array) -> Array:
+    """CLIP's symmetric loss (Radford et al. 2021) over cosines `[b, c]` of b images and c captions."""
+    logits = cosines * scale
+    by_image = multi_positive_nce(logits, positive, negative)
+    return 0.5 * (by_image + multi_positive_nce(logits.T, positive.T, negative.T))
+
+
+def preference_loss(better: Array, worse: Array, scale: Array) -> Array:
+    """Bradley-Terry: ``-log sigmoid(scale (better - worse))``, mean over scores `[b]`."""
+    return jax.nn.softplus(-scale * (better - worse)).mean()
+
+
+# --- captions ------------------------------------------------------------------------------------------------------
+
+
+def same_words(captions: list[str]) -> np.ndarray:
+    """Which captions are the same words in some order, bool `[c, c]`."""
+    bags = [tuple(sorted(caption.split())) for caption in captions]
+    return np.array([[a == b for b in bags] for a in bags])
+
+
+def blind_to_order(truth: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """Negatives for a model that is to know no binding: captions unlike every true one, bool `[..., c]`.
+
+    Args:
+      truth: bool `[..., c]`; alike: `same_words` of the captions.
+    """
+    return ~((truth.astype(np.float32) @ alike.astype(np.float32)) > 0)
+
+
+# --- preference pairs ----------------------------------------------------------------------------------------------
+
+
+def saturate(images: Array, factor: Array) -> Array:
+    """Scales the distance of each pixel from its gray by `factor` `[b]`; images `[b, h, w, 3]` in [0, 1]."""
+    gray = (images * jnp.asarray(LUMA)).sum(-1, keepdims=True)
+    return jnp.clip(gray + factor[:, None, None, None] * (images - gray), 0.0, 1.0)
+
+
+class Pairs(NamedTuple):
+    """Pictures for the same prompt: `better`, `worse` uint8 `[p, h, w, 3]`, `prompt` int `[p]`.
+
+    `equal` bool `[p]`: both are right, only taste can tell them apart.
+    """
+
+    better: np.ndarray
+    worse: np.ndarray
+    prompt: np.ndarray
+    equal: np.ndarray
+
+
+def preference_pairs(groups: Groups, worse_kinds: tuple[str, ...], equal_share: float, seed: int) -> Pairs:
+    """Pairs from groups: the clean scene against a picture that fails its prompt, or against another that passes.
+
+    Args:
+      worse_kinds: kinds of pictures that raters were shown as the worse ones.
+      equal_share: share of pairs of two pictures that both satisfy the prompt.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(groups.prompt)
+    own = np.take_along_axis(groups.truth, groups.prompt[:, None, None], 2)[..., 0]
+    fails = ~own & np.isin(groups.kinds, [KINDS.index(kind) for kind in worse_kinds])
+    by_prompt = {p: np.flatnonzero(groups.prompt == p) for p in np.unique(groups.prompt)}
+    better, worse, prompt, equal = [], [], [], []
+    for i in range(count):
+        choices = np.flatnonzero(fails[i])
+        is_equal = rng.random() < equal_share or not len(choices)
+        other = groups.images[rng.choice(by_prompt[groups.prompt[i]]), 0] if is_equal else None
+        better.append(groups.images[i, 0])
+        worse.append(other if is_equal else groups.images[i, rng.choice(choices)])
+        prompt.append(groups.prompt[i])
+        equal.append(is_equal)
+    return Pairs(np.stack(better), np.stack(worse), np.array(prompt), np.array(equal))
+
+
+def biased_pair(
+    key: Array, better: Array, worse: Array, *, bias: float, noise: float, low: float = 0.6, high: float = 1.7
+) -> tuple[Array, Array]:
+    """What a rater with a taste for color and some carelessness says: (preferred, rejected) `[b, h, w, 3]`.
+
+    Each picture gets a saturation from [low, high]; the better one gets the larger of the two with probability
+    `bias`. Then the labels of a share `noise` of the pairs are exchanged.
+    """
+    key_pair, key_bias, key_noise = jax.random.split(key, 3)
+    b = better.shape[0]
+    factors = jnp.sort(jax.random.uniform(key_pair, (2, b), minval=low, maxval=high), axis=0)
+    larger = jax.random.uniform(key_bias, (b,)) < bias
+    preferred = saturate(better, jnp.where(larger, factors[1], factors[0]))
+    rejected = saturate(worse, jnp.where(larger, factors[0], factors[1]))
+    flip = (jax.random.uniform(key_noise, (b,)) < noise)[:, None, None, None]
+    return jnp.where(flip, rejected, preferred), jnp.where(flip, preferred, rejected)
+
+
+# --- measures ------------------------------------------------------------------------------------------------------
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Probability that a positive scores above a negative, ties counted half (Mann-Whitney)."""
+    if not len(positive) or not len(negative):
+        return float("nan")
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
+    return float(below.mean() / (2 * len(negative)))
+
+
+def verdict_metrics(cosines: np.ndarray, groups: Groups) -> dict[str, float]:
+    """How well scores tell the strict verdict, per kind of picture.
+
+    Args:
+      cosines: `[g, m, c]`, every picture of the groups against every record.
+
+    Returns:
+      `auc/KIND`: pictures of the kind that fail the group's prompt against all clean ones, each under its own
+      prompt; `pair/KIND`: the same against the clean picture of the same group; `auc/all`, `pair/all`; and the
+      mean scores `score/true`, `score/false`, `score/shuffled` (the clean picture under another group's prompt).
+    """
+    column = groups.prompt[:, None, None]
+    scores = np.take_along_axis(cosines, column, 2)[..., 0]
+    fails = ~np.take_along_axis(groups.truth, column, 2)[..., 0]
+    clean = scores[:, 0]
+    metrics: dict[str, float] = {}
+    for k, kind in [*enumerate(KINDS), (-1, "all")]:
+        chosen = fails & ((groups.kinds == k) | (k < 0))
+        if kind != "clean" and chosen.any():
+            metrics[f"auc/{kind}"] = auc(clean, scores[chosen])
+            metrics[f"pair/{kind}"] = float((np.broadcast_to(clean[:, None], scores.shape)[chosen] > scores[chosen]).mean())
+    metrics |= {"score/true": float(clean.mean()), "score/false": float(scores[fails].mean())}
+    metrics["score/shuffled"] = float(cosines[np.arange(len(clean)), 0, np.roll(groups.prompt, 1)].mean())
+    metrics["score/std"] = float(scores.std())
+    return metrics
+
+
+def retrieval_metrics(cosines: np.ndarray, groups: Groups) -> dict[str, float]:
+    """Top-1 accuracy of clean pictures among all captions, and of captions among all clean pictures.
+
+    Args:
+      cosines: `[g, m, c]`.
+    """
+    clean, truth = cosines[:, 0], groups.truth[:, 0]
+    rows = np.arange(len(clean))
+    asked = np.unique(groups.prompt)
+    return {
+        "retrieval/caption": float(truth[rows, clean.argmax(1)].mean()),
+        "retrieval/image": float(truth[clean[:, asked].argmax(0), asked].mean()),
+    }

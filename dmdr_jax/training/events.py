@@ -1,0 +1,103 @@
+"""TensorBoard event files through clu, without tensorflow.
+
+`clu.metric_writers` imports tensorflow for one of its writers. Importing this module puts `EventWriter`, which needs
+the tensorboard package alone, in that writer's place: clu's asynchronous writers then work as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util import tensor_util
+
+_REPLACED = "clu.metric_writers.summary_writer"
+_stand_in = types.ModuleType(_REPLACED)
+_stand_in.SummaryWriter = lambda logdir: EventWriter(logdir)  # type: ignore[attr-defined]
+sys.modules.setdefault(_REPLACED, _stand_in)
+
+from clu import metric_writers  # noqa: E402
+
+FLUSH_SECONDS = 10
+
+
+class EventWriter(metric_writers.MetricWriter):
+    """clu's MetricWriter interface over one event file: scalars, images and texts.
+
+    Args:
+      logdir: folder of the event file.
+      start_step: the first step this writer will write; TensorBoard then forgets what an earlier, interrupted run
+        wrote from there on.
+    """
+
+    def __init__(self, logdir: str | os.PathLike, start_step: int = 0):
+        super().__init__()
+        self._file = EventFileWriter(os.fspath(logdir), flush_secs=FLUSH_SECONDS)
+        start = SessionLog(status=SessionLog.START)
+        self._file.add_event(Event(wall_time=time.time(), step=start_step, session_log=start))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        self._write(step, [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()])
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """uint8 [h, w, 3], or [n, h, w, 3] for several under numbered tags."""
+        values = []
+        for tag, array in images.items():
+            stack = array if array.ndim == 4 else array[None]
+            tags = [tag] if len(stack) == 1 else [f"{tag}/{i}" for i in range(len(stack))]
+            values += [Summary.Value(tag=name, image=_png(image)) for name, image in zip(tags, stack)]
+        self._write(step, values)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shown as Markdown."""
+        metadata = text_metadata.create_summary_metadata("", "")
+        self.write_summaries(
+            step, {tag: np.array(text.encode(), object) for tag, text in texts.items()}, dict.fromkeys(texts, metadata)
+        )
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        rows = "".join(f"| {key} | {value} |\n" for key, value in hparams.items())
+        self.write_texts(0, {"hparams": f"| key | value |\n| --- | --- |\n{rows}"})
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, np.ndarray], metadata: Mapping[str, SummaryMetadata] | None = None
+    ) -> None:
+        metadata = metadata or {}
+        tensors = {tag: tensor_util.make_tensor_proto(value) for tag, value in values.items()}
+        self._write(step, [Summary.Value(tag=t, tensor=v, metadata=metadata.get(t)) for t, v in tensors.items()])
+
+    def write_videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
+        raise NotImplementedError("EventWriter writes no videos")
+
+    def write_audios(self, step: int, audios: Mapping[str, np.ndarray], *, sample_rate: int) -> None:
+        raise NotImplementedError("EventWriter writes no audio")
+
+    def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray], num_buckets: Any = None) -> None:
+        raise NotImplementedError("EventWriter writes no histograms")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, values: list[Summary.Value]) -> None:
+        self._file.add_event(Event(wall_time=time.time(), step=int(step), summary=Summary(value=values)))
+
+
+def _png(image: np.ndarray) -> Summary.Image:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    height, width, channels = image.shape
+    return Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())

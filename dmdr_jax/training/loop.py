@@ -1,0 +1,212 @@
+"""The training loop: reads top to bottom in the order things happen."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmdr_jax import __version__
+from dmdr_jax.data.prompts import PromptStream, load_prompts
+from dmdr_jax.diffusers_io.pipeline import Pipeline
+from dmdr_jax.diffusers_io.text import encode, tokenize
+from dmdr_jax.errors import UserError
+from dmdr_jax.objectives.base import Term, active_terms
+from dmdr_jax.rewards.clip_reward import ClipReward
+from dmdr_jax.training import setup
+from dmdr_jax.training.checkpoints import FOLDER, Checkpoints
+from dmdr_jax.training.metrics import MetricWriter, Progress
+from dmdr_jax.training.preview import Preview
+from dmdr_jax.training.layout import Layout
+from dmdr_jax.training.state import TrainState
+from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+SHOWN = ("dm/score_gap", "fake/loss", "reward/loss")
+"""The three numbers on the console."""
+
+
+def train(config: Any, workdir: str | Path) -> TrainState:
+    """Runs (or goes on with) the run of ``config`` in ``workdir``; returns the last state."""
+    workdir = Path(workdir)
+    prompts = load_prompts(config.prompts)
+    layout = Layout.make(config.mesh.data, config.mesh.fsdp)
+    layout.check_batch(config.batch)
+    pipeline = setup.load_teacher(config)
+    rewards = setup.load_rewards(config)
+    terms = setup.make_terms(config, rewards)
+    plan = setup.make_plan(config, pipeline, rewards)
+    meta = run_metadata(config, pipeline, plan)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
+    frozen = freeze(pipeline, rewards, layout)
+    state = first_or_latest_state(config, plan, frozen, checkpoints, meta, layout)
+    start = int(state.step)
+    write_config(workdir, config, meta)
+
+    stream = PromptStream(prompts, config.batch, config.seed)
+    encode_batch = make_encoder(pipeline, rewards, layout)
+    updates = Updates(plan, terms)
+    preview = Preview.make(config, pipeline, plan, prompts, workdir)
+    with MetricWriter(workdir, resume_step=start) as writer, Progress(config.steps, start, SHOWN) as progress:
+        progress.note(f"{layout}; {describe(pipeline, plan, state)}; from step {start} of {config.steps}")
+        preview.teacher(writer, start)
+        pending: tuple[int, Metrics] | None = None
+        inner = int(state.inner)
+        while start < config.steps:
+            batch = encode_batch(stream.batch(inner))
+            state, fake_metrics = updates.fake(state, frozen, batch)
+            inner += 1
+            if not generator_turn(inner - 1, config.fake.updates):
+                continue
+            step = start
+            state, metrics = updates.generator(step, state, frozen, batch)
+            start = step + 1
+            report(pending, writer, progress, checkpoints)
+            pending = (start, {**fake_metrics, **metrics})
+            if start % config.checkpoint.every == 0 or start == config.steps:
+                pending = report(pending, writer, progress, checkpoints)
+                checkpoints.save(start, state, meta)
+            if start % config.preview.every == 0 or start == config.steps:
+                preview.student(writer, start, state, frozen)
+        report(pending, writer, progress, checkpoints)
+    checkpoints.close()
+    return state
+
+
+def generator_turn(n: int, fake_updates: int) -> bool:
+    """Whether inner iteration ``n`` (counted from 0, one fake update each) also updates the generator.
+
+    As in the authors' loop: every ``fake_updates``-th, the very first one excepted.
+    """
+    return n > 0 and n % fake_updates == 0
+
+
+class Updates:
+    """The compiled programs: one for the fake score, one for each set of active generator terms."""
+
+    def __init__(self, plan: Plan, terms: Sequence[Term]):
+        self._plan, self._terms = plan, tuple(terms)
+        self.fake: Callable = jax.jit(partial(fake_step, plan), donate_argnums=0)
+        self._generator: dict[tuple[Term, ...], Callable] = {}
+
+    def generator(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        active = active_terms(self._terms, step)
+        if active not in self._generator:
+            self._generator[active] = jax.jit(partial(generator_step, self._plan, active), donate_argnums=0)
+        return self._generator[active](state, frozen, batch)
+
+
+def freeze(pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout) -> Frozen:
+    """The frozen networks on their devices, and the unconditional prompt."""
+    encoded = jax.jit(partial(encode, pipeline.modules))(text_params(pipeline), tokenize(pipeline, [""]))
+    return Frozen(
+        base=layout.put_parameters(pipeline.params["transformer"]),
+        vae=layout.replicate(pipeline.params["vae"]),
+        rewards={reward.spec.name: layout.replicate(reward.params) for reward in rewards},
+        uncond=layout.replicate(encoded),
+    )
+
+
+def text_params(pipeline: Pipeline) -> dict[str, Any]:
+    return {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
+
+
+def make_encoder(
+    pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout
+) -> Callable[[Sequence[str]], Batch]:
+    """Prompts to a `Batch` on the devices; nothing waits for the result."""
+    params = layout.replicate(text_params(pipeline))
+    encode_text = jax.jit(partial(encode, pipeline.modules))
+
+    def encode_batch(prompts: Sequence[str]) -> Batch:
+        ids = layout.put_batch(tokenize(pipeline, prompts))
+        features = {r.spec.name: r.text_features(layout.put_batch(r.tokenize(prompts))) for r in rewards}
+        return Batch(encode_text(params, ids), features)
+
+    return encode_batch
+
+
+def first_or_latest_state(
+    config: Any, plan: Plan, frozen: Frozen, checkpoints: Checkpoints, meta: dict, layout: Layout
+) -> TrainState:
+    """The latest checkpoint's state, or where there is none the teacher's weights."""
+    make = partial(setup.make_state, config, plan)
+    abstract = layout.abstract_state(jax.eval_shape(make, frozen.base))
+    if checkpoints.latest() is not None:
+        return checkpoints.restore(abstract, meta)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make, out_shardings=shardings)(frozen.base)
+
+
+def report(
+    pending: tuple[int, Metrics] | None, writer: MetricWriter, progress: Progress, checkpoints: Checkpoints
+) -> None:
+    """Fetches and writes one step's metrics, a step late so that the device is never waited for.
+
+    Raises:
+      UserError: a number is not finite; the update that made it was not applied and nothing was saved since.
+    """
+    if pending is None:
+        return None
+    step, metrics = pending
+    numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    numbers = {k: v for k, v in numbers.items() if not (k.startswith("fake_by_noise/") and math.isnan(v))}
+    bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
+    if bad:
+        last = checkpoints.latest()
+        raise UserError(
+            f"{bad[0]} is not finite at generator step {step} (not finite: {', '.join(bad)}); the last good checkpoint "
+            f"is {'none yet' if last is None else f'step {last} in {checkpoints.directory}'}: lower the learning rate "
+            "or that term's weight and run the command again."
+        )
+    writer.scalars(step, numbers)
+    progress.update(step, numbers)
+    return None
+
+
+def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to refuse another model and to export without the config file."""
+    model = {
+        "family": pipeline.family,
+        "transformer": pipeline.configs["transformer"],
+        "generator": config.generator.to_dict() if plan.generator_lora_scale is not None else {"kind": "full"},
+    }
+    recipe = {
+        "grid": list(plan.simulation.grid),
+        "kernel": str(plan.simulation.kernel),
+        "latent_shape": list(plan.latent_shape),
+        "generator_lora_scale": plan.generator_lora_scale,
+    }
+    return {"model": json.loads(json.dumps(model)), "teacher": config.model, "student": recipe, "config": _plain(config)}
+
+
+def write_config(workdir: Path, config: Any, meta: dict[str, Any]) -> None:
+    """``config.json``: the whole configuration, and the versions it ran with."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {"dmdr_jax": __version__, **{name: version(name) for name in packages}}
+    document = {"config": meta["config"], "versions": versions, "devices": [str(d) for d in jax.devices()]}
+    (workdir / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+
+
+def describe(pipeline: Pipeline, plan: Plan, state: TrainState) -> str:
+    def millions(tree: Any) -> str:
+        return f"{sum(np.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6:.2f}M"
+
+    kind = "full" if plan.generator_lora_scale is None else "LoRA"
+    return (
+        f"{pipeline.name}: transformer {millions(pipeline.params['transformer'])}, "
+        f"generator ({kind}) {millions(state.generator)}, fake score (LoRA) {millions(state.fake)}"
+    )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())

@@ -1,0 +1,191 @@
+"""Curves and pictures of a run: metrics.jsonl, TensorBoard, and a line on the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from dmdr_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+
+
+class MetricWriter:
+    """Writes a run's metrics under its workdir; in a multi-host run every process but the first writes nothing.
+
+    Args:
+      workdir: gets metrics.jsonl, one JSON object per line with "step" and the scalars (null where one is not finite),
+        and tensorboard/.
+      resume_step: the step that was restored; lines of later steps, which will be written anew, are dropped. None
+        starts both files afresh.
+      primary: whether this process writes.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None, primary: bool = True):
+        self._primary = primary
+        if not primary:
+            return
+        # clu is imported here, so that reading metrics back costs nothing.
+        from dmdr_jax.training.events import EventWriter, metric_writers
+
+        workdir = pathlib.Path(workdir)
+        first = 0 if resume_step is None else resume_step + 1
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_lines(workdir / METRICS_FILE, first)
+            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")
+            self._events = metric_writers.AsyncMultiWriter([EventWriter(workdir / EVENTS_FOLDER, first)])
+        except OSError as error:
+            raise UserError(f"cannot write metrics in {workdir}: {error.strerror}; mend that or name another") from error
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write numbers (or arrays of one element) of one step. Raises UserError when the disk is full."""
+        if not self._primary:
+            return
+        numbers = {name: float(np.asarray(value).item()) for name, value in values.items()}
+        line = json.dumps({"step": int(step), **{k: v if math.isfinite(v) else None for k, v in numbers.items()}})
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._file.name}: {error.strerror}; make room and run again") from error
+        self._events.write_scalars(int(step), numbers)
+
+    def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Write pictures, uint8 [h, w, 3] each, for TensorBoard."""
+        if not self._primary:
+            return
+        arrays = {name: np.asarray(value) for name, value in values.items()}
+        for name, array in arrays.items():
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+                raise ValueError(f"image {name!r} must be uint8 [h, w, 3], not {array.dtype} {list(array.shape)}")
+        self._events.write_images(int(step), arrays)
+
+    def texts(self, step: int, values: Mapping[str, str]) -> None:
+        """Write Markdown for TensorBoard."""
+        if self._primary:
+            self._events.write_texts(int(step), dict(values))
+
+    def flush(self) -> None:
+        """Return when everything is handed to the file system."""
+        if self._primary:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close both files; a second call does nothing."""
+        if self._primary and not self._file.closed:
+            self._file.close()
+            self._events.close()
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one cut short by a kill is left out."""
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the workdir of a run")
+    return _whole_lines(path)
+
+
+def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def _drop_lines(path: pathlib.Path, first: int) -> None:
+    """Keep the lines of steps before `first`; a kill leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in _whole_lines(path) if row["step"] < first]
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+class Progress:
+    """Where a run is, on the console: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+      total: steps of the whole run.
+      initial: steps done before this start, when resuming.
+      show: names of the metrics to print, in this order.
+      every: seconds between lines where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        show: Sequence[str] = (),
+        every: float = 15.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._show, self._every, self._clock = total, tuple(show), every, clock
+        self._stream = stream or sys.stderr
+        self._bar: tqdm | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
+        self._step = self._printed_step = initial
+        self._printed_at = clock()
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """`step` steps are done; `metrics` are the latest numbers, on the host already."""
+        shown = " ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in self._show if name in (metrics or {}))
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._step)
+        elif self._clock() - self._printed_at >= self._every or step == self._total:
+            self._print(step, shown)
+        self._step = step
+
+    def note(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _print(self, step: int, shown: str) -> None:
+        seconds = self._clock() - self._printed_at
+        rate = (step - self._printed_step) / seconds if seconds > 0 else 0.0
+        eta = tqdm.format_interval((self._total - step) / rate) if rate > 0 else "?"
+        self.note(f"step {step}/{self._total}  {_format_rate(rate)}  ETA {eta}  {shown}".rstrip())
+        self._printed_step, self._printed_at = step, self._clock()
+
+
+def _format_rate(rate: float) -> str:
+    return f"{rate:.2f} step/s" if rate >= 1 or rate == 0 else f"{1 / rate:.2f} s/step"

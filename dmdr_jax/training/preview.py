@@ -1,0 +1,79 @@
+"""Sample grids at fixed prompts and noise: the student as it learns, beside the teacher."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dmdr_jax.diffusers_io.pipeline import Pipeline
+from dmdr_jax.diffusion.denoiser import Weights
+from dmdr_jax.diffusion.grids import flow_match_euler_sigmas
+from dmdr_jax.diffusion.kernels import parse_kernel
+from dmdr_jax.generate import Recipe, draw_images, initial_noise
+from dmdr_jax.training.metrics import MetricWriter
+from dmdr_jax.training.state import TrainState
+from dmdr_jax.training.step import Frozen, Plan, generator_weights
+
+FOLDER = "samples"
+BORDER = 2  # pixels between images
+
+
+@dataclasses.dataclass
+class Preview:
+    """Draws and writes the grids; the teacher's is drawn once and kept on disk."""
+
+    pipeline: Pipeline
+    plan: Plan
+    prompts: list[str]
+    noise: np.ndarray
+    teacher_recipe: Recipe
+    folder: Path
+
+    @classmethod
+    def make(cls, config: Any, pipeline: Pipeline, plan: Plan, prompts: list[str], workdir: Path) -> "Preview":
+        count = config.preview.images
+        spread = [prompts[i * len(prompts) // count % len(prompts)] for i in range(count)]
+        height, width = (side * pipeline.modules["vae"].config.downsampling for side in plan.latent_shape[:2])
+        tokens = height * width // pipeline.modules["transformer"].config.patch_size ** 2
+        sigmas = flow_match_euler_sigmas(pipeline.scheduler, config.preview.teacher_steps, tokens)
+        recipe = Recipe(tuple(map(float, sigmas)), parse_kernel("ode"), config.guidance.scale)
+        noise = initial_noise(pipeline, height, width, range(count))
+        return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER)
+
+    def teacher(self, writer: MetricWriter, step: int) -> None:
+        """The teacher's grid, and at step 0 the teacher at the student's few steps, where the student starts."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        if not (self.folder / "teacher.png").exists():
+            weights = Weights(self.pipeline.params["transformer"])
+            self._write(writer, step, "teacher", self._draw(weights, self.teacher_recipe))
+
+    def student(self, writer: MetricWriter, step: int, state: TrainState, frozen: Frozen) -> None:
+        """The averaged student's grid at ``step``."""
+        recipe = Recipe(self.plan.simulation.grid, self.plan.simulation.kernel, 1.0)
+        images = self._draw(generator_weights(self.plan, state.ema, frozen.base), recipe)
+        self._write(writer, step, "student", images, f"student_{step:06d}")
+
+    def _draw(self, weights: Weights, recipe: Recipe) -> np.ndarray:
+        return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, batch=16)
+
+    def _write(self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None) -> None:
+        if jax.process_index() == 0:
+            grid = image_grid(images)
+            Image.fromarray(grid).save(self.folder / f"{file or name}.png")
+            writer.images(step, {f"samples/{name}": grid})
+
+
+def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """One uint8 picture ``[h, w, 3]`` of images ``[n, H, W, 3]`` in [0, 1], row by row, on white."""
+    n, height, width, _ = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + BORDER) + BORDER, columns * (width + BORDER) + BORDER, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (k * (side + BORDER) + BORDER for k, side in zip(divmod(i, columns), (height, width)))
+        canvas[top : top + height, left : left + width] = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return canvas

@@ -1,0 +1,89 @@
+"""Prompt encoding against diffusers, with T5 and without."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dmdr_jax.diffusers_io import text  # noqa: E402
+from dmdr_jax.diffusers_io.pipeline import load_pipeline  # noqa: E402
+from dmdr_jax.errors import UserError  # noqa: E402
+from tests import tiny_pipelines  # noqa: E402
+
+CLIP_TOKENS = tiny_pipelines.CONTEXT
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    return {kind: tiny_pipelines.save(root / kind, kind) for kind in ("sd3", "sd3_no_t5")}
+
+
+def encode_both(folder, length):
+    """diffusers' (prompt_embeds, pooled) of the prompts, and ours."""
+    pipe = tiny_pipelines.load(folder)
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            tiny_pipelines.PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+    pipeline = load_pipeline(folder, ["text_encoder", "text_encoder_2", "text_encoder_3"][: 3 if pipe.text_encoder_3 else 2])
+    ids = text.tokenize(pipeline, tiny_pipelines.PROMPTS, length)
+    encode = jax.jit(functools.partial(text.encode, pipeline.modules, max_sequence_length=length))
+    return embeds.numpy(), pooled.numpy(), encode(pipeline.params, ids)
+
+
+@pytest.mark.parametrize("length", [256, 20])
+def test_encoding_is_diffusers(folders, length):
+    embeds, pooled, ours = encode_both(folders["sd3"], length)
+    assert ours.prompt_embeds.shape == (3, CLIP_TOKENS + length, 48) and ours.key_bias is None
+    np.testing.assert_allclose(ours.prompt_embeds, embeds, atol=1e-5)
+    np.testing.assert_allclose(ours.pooled, pooled, atol=1e-5)
+
+
+def test_without_t5_one_token_stands_for_all(folders):
+    embeds, pooled, ours = encode_both(folders["sd3_no_t5"], 256)
+    assert ours.prompt_embeds.shape == (3, CLIP_TOKENS + 1, 48)
+    np.testing.assert_allclose(ours.prompt_embeds, embeds[:, : CLIP_TOKENS + 1], atol=1e-5)
+    assert embeds.shape[1] == CLIP_TOKENS + 256 and not embeds[:, CLIP_TOKENS:].any()
+    np.testing.assert_allclose(ours.pooled, pooled, atol=1e-5)
+    np.testing.assert_allclose(ours.key_bias, [0] * CLIP_TOKENS + [np.log(256)], rtol=1e-6)
+
+
+def test_the_one_token_gives_the_transformers_output(folders):
+    embeds, pooled, ours = encode_both(folders["sd3_no_t5"], 256)
+    pipe = tiny_pipelines.load(folders["sd3_no_t5"])
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
+    times = np.array([1000.0, 500.0, 20.0], np.float32)
+    with torch.no_grad():
+        theirs = pipe.transformer(
+            torch.from_numpy(latents).permute(0, 3, 1, 2), torch.from_numpy(embeds), torch.from_numpy(pooled),
+            torch.from_numpy(times),
+        ).sample.permute(0, 2, 3, 1)
+    pipeline = load_pipeline(folders["sd3_no_t5"], ["transformer"])
+    apply = jax.jit(pipeline.modules["transformer"].apply)
+    variables = {"params": pipeline.params["transformer"]}
+    out = apply(variables, latents, times, ours.prompt_embeds, ours.pooled, key_bias=ours.key_bias)
+    np.testing.assert_allclose(out, theirs.numpy(), atol=2e-5 * np.abs(theirs.numpy()).max())
+
+
+def test_ids_are_diffusers(folders):
+    pipe = tiny_pipelines.load(folders["sd3"])
+    ids = text.tokenize(load_pipeline(folders["sd3"]), tiny_pipelines.PROMPTS)
+    for name, tokenizer, length in (
+        ("text_encoder", pipe.tokenizer, CLIP_TOKENS),
+        ("text_encoder_2", pipe.tokenizer_2, CLIP_TOKENS),
+        ("text_encoder_3", pipe.tokenizer_3, 256),
+    ):
+        expected = tokenizer(tiny_pipelines.PROMPTS, padding="max_length", max_length=length, truncation=True).input_ids
+        assert ids[name].dtype == np.int32
+        np.testing.assert_array_equal(ids[name], expected)
+    assert (ids["text_encoder"] != ids["text_encoder_2"]).any()
+
+
+def test_text_encoders_must_be_loaded(folders):
+    with pytest.raises(UserError, match="text_encoder and text_encoder_2"):
+        text.tokenize(load_pipeline(folders["sd3"], ["transformer"]), ["a"])

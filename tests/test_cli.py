@@ -1,0 +1,220 @@
+"""The command line: parsing, configurations, one-line errors, exit status, and speed of --help."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from dmdr_jax import cli
+from dmdr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CONFIG = """
+    from ml_collections import ConfigDict, config_dict
+
+    def get_config(name="plain"):
+        c = ConfigDict()
+        c.steps = 10
+        c.name = name
+        c.flag = False
+        c.levels = (1, 2)
+        c.limit = config_dict.placeholder(int)
+        c.nothing = None
+        c.optim = ConfigDict(dict(generator=dict(lr=1e-4), fake=dict(lr=2e-4)))
+        c.terms = [ConfigDict(dict(kind="dm", weight=1.0))]
+        return c
+"""
+
+PROGRAM = '''
+    """Adds nothing to nothing."""
+
+    from absl import flags
+
+    from dmdr_jax import cli
+    from dmdr_jax.errors import UserError
+
+    flags.DEFINE_string("workdir", None, "Where things go.", required=True)
+    flags.DEFINE_integer("number", 1, "How many.")
+    cli.define_config()
+
+    def main(config):
+        if config.name == "bad":
+            raise UserError("first line\\nsecond line")
+        if config.name == "bug":
+            raise RuntimeError("a bug")
+        if config.name == "interrupt":
+            raise KeyboardInterrupt
+        print(config.steps, flags.FLAGS.workdir, flags.FLAGS.number)
+
+    if __name__ == "__main__":
+        cli.run(main)
+'''
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(textwrap.dedent(CONFIG))
+    return str(path)
+
+
+@pytest.fixture
+def program(tmp_path, config_file):
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(PROGRAM))
+
+    def call(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, path, *arguments], env=environment, capture_output=True, text=True)
+
+    return call
+
+
+# --- configurations ---
+
+
+def test_overrides_take_the_types_of_their_keys(config_file):
+    overrides = ["steps=3", "flag=true", "levels=(4, 5, 6)", "limit=7", "optim.generator.lr=1e-5", "terms[0].weight=2"]
+    config = cli.load_config(config_file, overrides)
+    assert config.steps == 3 and config.flag is True and config.levels == (4, 5, 6) and config.limit == 7
+    assert config.optim.generator.lr == 1e-5 and config.optim.fake.lr == 2e-4 and config.terms[0].weight == 2.0
+    assert config.is_locked
+    assert cli.load_config(config_file).steps == 10
+
+
+def test_argument_of_get_config_and_lookup_beside_the_package(config_file, tmp_path, monkeypatch):
+    assert cli.load_config(f"{config_file}:fancy").name == "fancy"
+    monkeypatch.chdir(tmp_path)
+    shipped = next((ROOT / "configs").rglob("*.py")).relative_to(ROOT)
+    assert list(cli.config_keys(cli.load_config(str(shipped))))
+
+
+def test_config_keys_are_those_that_can_be_overridden(config_file):
+    keys = dict(cli.config_keys(cli.load_config(config_file)))
+    assert keys["optim.generator.lr"] == 1e-4 and keys["terms[0].weight"] == 1.0
+    assert "optim" not in keys and "terms" not in keys
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stpes=3", "unknown config key 'stpes'; did you mean 'steps'?"),
+        ("optim.generator.learning_rate=3", "unknown config key 'optim.generator.learning_rate'; did you mean"),
+        ("lr=3", "unknown config key 'lr'; did you mean 'optim.fake.lr' or 'optim.generator.lr'?"),
+        ("quux=3", "unknown config key 'quux'; the keys are "),
+        ("steps.more=3", "unknown config key 'steps.more'"),
+        ("terms[1].weight=3", "unknown config key 'terms[1].weight'; did you mean 'terms[0].weight'?"),
+        ("steps=abc", "config key 'steps' cannot be 'abc': "),
+        ("flag=perhaps", "config key 'flag' cannot be 'perhaps': "),
+        ("optim=3", "config key 'optim' is a group; override one of optim.fake, optim.generator"),
+        ("nothing=3", "config key 'nothing' is None without a type"),
+    ],
+)
+def test_bad_overrides(config_file, override, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        cli.load_config(config_file, ["name=first", override])
+
+
+def test_the_override_to_blame_is_named(config_file):
+    with pytest.raises(UserError, match="config key 'steps'"):
+        cli.load_config(config_file, ["steps=abc", "name=last"])
+
+
+def test_files_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(UserError, match="absent.py does not exist"):
+        cli.load_config(str(tmp_path / "absent.py"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return undefined\n")
+    with pytest.raises(UserError, match="cannot load config .*broken.py: NameError: name 'undefined' is not defined"):
+        cli.load_config(str(broken))
+
+
+# --- programs with a configuration ---
+
+
+def test_a_program_runs(program, config_file):
+    result = program(f"--config={config_file}", "--workdir", "here", "--config.steps", "3", "--config.flag")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "3 here 1\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workdir=d"], "--config is required; see --help"),
+        (["--config=CONFIG"], "--workdir is required; see --help"),
+        (["--config=CONFIG", "--workdir=d", "--config.steps=x"], "config key 'steps' cannot be 'x'"),
+        (["--config=CONFIG", "--workdir=d", "--wrkdir=d"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        (["--config=CONFIG", "--workdir=d", "--number=x"], "flag --number=x"),
+        (["--config=CONFIG", "--workdir=d", "stray"], "unexpected argument 'stray'"),
+        (["--config=CONFIG", "--workdir=d", "--config.name=bad"], "first line second line"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(program, config_file, arguments, message):
+    result = program(*(argument.replace("CONFIG", config_file) for argument in arguments))
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+
+
+def test_a_bug_shows_its_traceback_and_an_interrupt_does_not(program, config_file):
+    common = [f"--config={config_file}", "--workdir=d"]
+    bug = program(*common, "--config.name=bug")
+    assert bug.returncode == 1 and "Traceback" in bug.stderr
+    interrupt = program(*common, "--config.name=interrupt")
+    assert (interrupt.returncode, interrupt.stderr) == (130, "interrupted\n")
+
+
+def test_help(program, config_file):
+    for flag in ("--help", "-h"):
+        result = program(flag)
+        assert result.returncode == 0 and result.stderr == ""
+        assert "Adds nothing to nothing." in result.stdout and "--workdir: Where things go. (required)" in result.stdout
+    keys = program(f"--config={config_file}", "--config.help").stdout
+    assert "--config.optim.generator.lr=0.0001" in keys and "--config.terms[0].kind='dm'" in keys
+    assert program("--config.help").returncode == 2
+
+
+# --- tools without one ---
+
+
+def test_tools_use_argparse_with_the_same_ending(capsys):
+    def tool():
+        parser = cli.make_parser("Looks at a model.")
+        parser.add_argument("--model", required=True)
+        return parser
+
+    def exit_status(main, argv):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(main, tool(), argv)
+        return exit_info.value.code
+
+    assert exit_status(lambda args: print(args.model), ["--model", "m"]) == 0
+    assert capsys.readouterr().out == "m\n"
+    assert exit_status(print, []) == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --model; see --help\n"
+    assert exit_status(print, ["--model=m", "--modle=x"]) == 2
+    assert exit_status(lambda args: 3, ["--model=m"]) == 3
+    assert exit_status(print, ["--help"]) == 0
+
+
+# --- every program ---
+
+PROGRAMS = [
+    name
+    for name in ("train", "sample", "export", "evaluate", "plan", "shapes.pretrain")
+    if importlib.util.find_spec(f"dmdr_jax.{name}")
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_of_every_program_loads_no_jax(name):
+    command = [sys.executable, "-X", "importtime", "-m", f"dmdr_jax.{name}", "--help"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip()
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "dmdr_jax" in imported and not imported & {"jax", "flax", "orbax", "transformers", "clu"}
