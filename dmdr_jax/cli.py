@@ -28,7 +28,6 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmdr_jax.errors import UserError
@@ -257,7 +256,7 @@ def _quiet_libraries() -> None:
 
     flags.FLAGS.mark_as_parsed()  # libraries read absl flags of their own, which argparse programs do not parse
     absl_logging.get_absl_logger().addFilter(_reported_elsewhere)
-    sys.excepthook, sys.unraisablehook = _show_uncaught, _show_unraisable
+    sys.unraisablehook = _show_unraisable
 
 
 def _reported_elsewhere(record: logging.LogRecord) -> bool:
@@ -265,14 +264,10 @@ def _reported_elsewhere(record: logging.LogRecord) -> bool:
     return "orbax" not in pathlib.Path(record.pathname).parts
 
 
-def _show_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """sys.excepthook, without what tensorstore's threads say after a read or write beside theirs has failed."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, traceback)
-
-
 def _show_unraisable(unraisable: Any) -> None:
-    """sys.unraisablehook, without the pages of Orbax's abandoned reads."""
+    """sys.unraisablehook, without the pages that Orbax's other reads and writes print when one of them has failed."""
     code = getattr(unraisable.object, "cr_code", None)
-    if code is None or "orbax" not in pathlib.Path(code.co_filename).parts:
+    of_orbax = code is not None and "orbax" in pathlib.Path(code.co_filename).parts
+    of_tensorstore = str(unraisable.exc_value) == "Event loop is closed"
+    if not (of_orbax or of_tensorstore):
         sys.__unraisablehook__(unraisable)

@@ -22,17 +22,13 @@ from dmdr_jax.errors import UserError
 Array = jax.Array
 Tree = Mapping[str, Any]
 
-_SD3_BLOCK = r"transformer_blocks\.\d+\."
+_JOINT = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 # The eight projections of SD3's joint attention.
-SD3_TARGETS = (
-    _SD3_BLOCK + r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
-)
-# Also the second attention of SD3.5-Medium, both feed-forward layers and the modulations.
+SD3_TARGETS = (rf"transformer_blocks\.\d+\.{_JOINT}",)
+# Also the second attention where there is one (SD3.5-Medium), the feed-forward layers and the modulations.
 SD3_WIDE_TARGETS = (
-    *SD3_TARGETS,
-    _SD3_BLOCK + r"attn2\.(to_q|to_k|to_v|to_out\.0)",
-    _SD3_BLOCK + r"(ff|ff_context)\.net\.(0\.proj|2)",
-    _SD3_BLOCK + r"(norm1|norm1_context)\.linear",
+    rf"transformer_blocks\.\d+\.({_JOINT}|attn2\.(to_q|to_k|to_v|to_out\.0)"
+    r"|(ff|ff_context)\.net\.(0\.proj|2)|(norm1|norm1_context)\.linear)",
 )
 
 _STACK = re.compile(r"(.*)\.(\d+):(\d+)")

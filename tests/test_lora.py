@@ -15,14 +15,13 @@ CONFIG = MMDiTConfig(
     sample_size=8,
     in_channels=3,
     out_channels=3,
-    num_layers=4,
+    num_layers=3,
     attention_head_dim=8,
     num_attention_heads=2,
     joint_attention_dim=10,
     caption_projection_dim=16,
     pooled_projection_dim=6,
     pos_embed_max_size=6,
-    dual_attention_layers=(0,),
     qk_norm="rms_norm",
 )
 MODEL = MMDiT(CONFIG)
@@ -36,6 +35,10 @@ def _noise_like(tree, seed, scale=0.3):
     return structure.unflatten(noisy)
 
 
+def _zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
 @pytest.fixture(scope="module")
 def inputs():
     rng = np.random.default_rng(0)
@@ -46,12 +49,17 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def params(inputs):
-    return _noise_like(jax.jit(MODEL.init)(jax.random.key(0), *inputs)["params"], 1)
+    return _noise_like(_zeros(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), *inputs))["params"]), 1)
 
 
 @pytest.fixture(scope="module")
-def delta(params):
-    return _noise_like(lora.init(jax.random.key(1), params, lora.LoraConfig(3, 6.0, lora.SD3_WIDE_TARGETS)), 2)
+def new_delta(params):
+    return lora.init(jax.random.key(1), params, lora.LoraConfig(3, 6.0, lora.SD3_WIDE_TARGETS))
+
+
+@pytest.fixture(scope="module")
+def delta(new_delta):
+    return _noise_like(new_delta, 2)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +75,26 @@ def _error(got, wanted):
     return float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted))
 
 
-def test_a_new_delta_changes_nothing_and_has_the_stated_spread(params, forward):
-    delta = lora.init(jax.random.key(1), params, lora.LoraConfig(4, 4.0))
-    np.testing.assert_array_equal(forward(params, delta, 1.0), forward(params, None, 1.0))
-    a = delta["transformer_blocks.1:3"]["attn"]["to_q"]["kernel"]["a"]
-    assert a.shape == (2, 16, 4) and a.dtype == jnp.float32
-    spread = np.std(np.concatenate([np.ravel(x) for x in jax.tree.leaves(delta) if np.any(x)]))
-    assert spread == pytest.approx(1 / 4, rel=0.05)
-    assert not np.allclose(a[0], a[1])
+ZERO, ONE = jnp.float32(0), jnp.float32(1)
 
 
-def test_scale_zero_is_the_base_bit_for_bit(params, delta, forward):
-    base = forward(params, None, 1.0)
-    np.testing.assert_array_equal(forward(params, delta, jnp.float32(0)), base)
-    assert _error(forward(params, delta, jnp.float32(1)), base) > 0.1
+def test_a_new_delta_changes_nothing_and_has_the_stated_spread(params, new_delta, delta, forward):
+    np.testing.assert_array_equal(forward(params, new_delta, ONE), forward(params, delta, ZERO))
+    kernel = new_delta["transformer_blocks.0:2"]["ff"]["net.0.proj"]["kernel"]
+    assert kernel["a"].shape == (2, 16, 3) and kernel["b"].shape == (2, 3, 64) and not np.any(kernel["b"])
+    a = [x for x in jax.tree.leaves(new_delta) if np.any(x)]
+    assert all(x.dtype == jnp.float32 for x in a)
+    assert np.std(np.concatenate([np.ravel(x) for x in a])) == pytest.approx(1 / 3, rel=0.05)
+    assert not np.allclose(kernel["a"][0], kernel["a"][1])
+
+
+def test_scale_zero_is_the_base_bit_for_bit(params, delta, inputs, forward):
+    # Operation by operation: two compiled programs may round differently where their fusions differ.
+    with jax.disable_jit():
+        base = MODEL.apply(lora.variables(params), *inputs)
+        np.testing.assert_array_equal(MODEL.apply(lora.variables(params, delta), *inputs, ZERO), base)
+    assert _error(forward(params, delta, ZERO), base) < 1e-6
+    assert _error(forward(params, delta, ONE), base) > 0.1
 
 
 def test_each_row_has_its_own_scale(params, delta, forward):
@@ -95,9 +109,9 @@ def test_each_row_has_its_own_scale(params, delta, forward):
 @pytest.mark.parametrize("scale", [1.0, -0.4])
 def test_side_path_equals_merged_weights(params, delta, forward, scale):
     lazy = forward(params, delta, jnp.float32(scale))
-    merged = forward(lora.merge(params, delta, scale), None, 1.0)
+    merged = forward(lora.merge(params, delta, scale), None, ONE)
     assert _error(merged, lazy) < 1e-6
-    assert _error(merged, forward(params, None, 1.0)) > 0.1
+    assert _error(merged, forward(params, None, ONE)) > 0.1
 
 
 def test_merge_keeps_the_other_leaves_and_the_type(params, delta):
@@ -121,7 +135,7 @@ def test_gradient_reaches_the_delta_and_equals_the_merged_one(params, delta, inp
     assert _error(*flat) < 1e-5
     # In the last block the text queries act on nothing; every other factor must learn.
     idle = [p for p, g in jax.tree_util.tree_leaves_with_path(got) if not np.any(g)]
-    assert {tuple(e.key for e in p)[:3] for p in idle} == {("transformer_blocks.3", "attn", "add_q_proj")}
+    assert {tuple(e.key for e in p)[:3] for p in idle} == {("transformer_blocks.2", "attn", "add_q_proj")}
 
 
 class _Convolutions(nn.Module):
@@ -165,12 +179,12 @@ def test_convolutions():
 def test_targets_by_abstract_tree_and_count(inputs):
     shapes = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), *inputs))["params"]
     delta = lora.init(jax.random.key(0), shapes, lora.LoraConfig(2, 2.0, lora.SD3_TARGETS))
-    # Three blocks with eight projections 16 x 16, and the last with seven: 2 (16 + 16) numbers each.
-    assert lora.count(delta) == (3 * 8 + 7) * 64
+    # Two blocks with eight projections 16 x 16, and the last with seven: 2 (16 + 16) numbers each.
+    assert lora.count(delta) == (2 * 8 + 7) * 64
     wide = lora.init(jax.random.key(0), shapes, lora.LoraConfig(2, 2.0, lora.SD3_WIDE_TARGETS))
     np.testing.assert_array_equal(
-        wide["transformer_blocks.3"]["attn"]["to_q"]["kernel"]["a"],
-        delta["transformer_blocks.3"]["attn"]["to_q"]["kernel"]["a"],
+        wide["transformer_blocks.2"]["attn"]["to_q"]["kernel"]["a"],
+        delta["transformer_blocks.2"]["attn"]["to_q"]["kernel"]["a"],
     )
 
 
@@ -179,7 +193,7 @@ def test_targets_by_abstract_tree_and_count(inputs):
     [
         (r"transformer_blocks\.\d+\.attn\.to_qq", r"matches no module.*attn\.to_q"),
         (r"proj_in", "nearest are .*proj_out"),
-        (r"transformer_blocks\.1\.attn\.to_q", "not transformer_blocks.2.attn.to_q"),
+        (r"transformer_blocks\.1\.attn\.to_q", "not transformer_blocks.0.attn.to_q"),
     ],
 )
 def test_bad_targets_are_named(params, target, words):

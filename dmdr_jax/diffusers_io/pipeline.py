@@ -69,6 +69,17 @@ class Pipeline:
     student: Config | None = None
 
 
+    @property
+    def from_pretrained_options(self) -> dict[str, None]:
+        """What diffusers' ``from_pretrained`` must be told of components that the pipeline lacks.
+
+        Nulls in ``model_index.json`` are not enough for it where a component is not optional.
+        """
+        family = hub.family_of(self.model_index, self.folder)
+        absent = [component for component in family.classes if component not in self.configs]
+        return dict.fromkeys(absent + [family.tokenizers[component] for component in absent])
+
+
 def load_pipeline(
     name: str | Path,
     components: Iterable[str] | None = None,

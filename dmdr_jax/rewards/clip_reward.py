@@ -159,7 +159,7 @@ def load_clip_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = F
     """
     folder = Path(spec.path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"Reward {spec.name!r}: there is no folder {folder}; give a CLIPModel folder with its tokenizer.")
+        raise UserError(f"Reward {spec.name!r}: there is no folder {folder}; give a CLIPModel's with its tokenizer.")
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != "clip":
         raise UserError(f"Reward {spec.name!r}: {folder} holds a {raw.get('model_type')}, not a CLIPModel.")

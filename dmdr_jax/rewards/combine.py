@@ -19,7 +19,7 @@ Step = Array | int
 
 
 def reward_weight(spec: RewardSpec, step: Step) -> Array:
-    """The weight at a generator step, fp32: 0 before `start`, whose step is the first of `ramp` equal rises to `weight`."""
+    """The weight at a generator step, fp32: 0 before `start`, from there `ramp` equal rises to `weight`."""
     counted = jnp.asarray(step, jnp.float32) - spec.start + 1
     return spec.weight * jnp.clip(counted / max(spec.ramp, 1), 0.0, 1.0)
 
@@ -36,9 +36,7 @@ def shortfall(spec: RewardSpec, scores: Array) -> Array:
     return -value if spec.margin is None else jax.nn.relu(spec.margin - value)
 
 
-def refl_loss(
-    specs: Sequence[RewardSpec], scores: Mapping[str, Array], step: Step
-) -> tuple[Array, dict[str, Array]]:
+def refl_loss(specs: Sequence[RewardSpec], scores: Mapping[str, Array], step: Step) -> tuple[Array, dict[str, Array]]:
     """The reward loss of a batch (DMDR eq. 2 without the distribution matching term).
 
     Args:

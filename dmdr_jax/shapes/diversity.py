@@ -90,8 +90,9 @@ def attribute_diversity(
     for index, key in enumerate(keys):
         members.setdefault(key, []).append(index)
     rows = np.array([_measure(world, detections, records, index) for index in members.values()]).reshape(-1, 4)
-    means = [float(column[~np.isnan(column)].mean()) if (~np.isnan(column)).any() else float("nan") for column in rows.T]
-    return AttributeDiversity(*means, samples=n)
+    known = [column[~np.isnan(column)] for column in rows.T]
+    background, unknown, color, position = (float(column.mean()) if len(column) else float("nan") for column in known)
+    return AttributeDiversity(background, unknown, color, position, samples=n)
 
 
 def _measure(world: World, detections: Detections, records: Sequence[Mapping], index: list[int]) -> list[float]:

@@ -51,6 +51,44 @@ def train_vae(vae: AutoencoderKL, world: World, *, steps: int, batch: int, lr: f
     return params, latent_statistics(vae, params, world, rng)
 
 
+def finetune_decoder(vae: AutoencoderKL, params: Tree, world: World, *, steps: int, batch: int, lr: float, noise: float, seed: int):
+    """Goes on with the decoder alone, the latents staying what they are, on means disturbed by ``noise``.
+
+    A denoiser's latents are never quite an encoder's; a decoder that has seen some noise forgives that.
+    ``noise`` is the largest standard deviation, in units of the latents' own.
+    """
+    rng = np.random.default_rng(seed)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(lr, steps, 0.01), b2=0.99))
+
+    def loss_fn(decoder: Tree, encoder: Tree, images: Array, key: Array) -> Array:
+        tree = encoder | {"decoder": decoder}
+        mean, _ = vae.apply({"params": tree}, images, method="encode")
+        mean = jax.lax.stop_gradient(mean)
+        key_level, key_noise = jax.random.split(key)
+        level = noise * mean.std() * jax.random.uniform(key_level, (len(images), 1, 1, 1))
+        z = mean + level * jax.random.normal(key_noise, mean.shape)
+        error = vae.apply({"params": tree}, z, method="decode") - images
+        return jnp.abs(error).mean() + (error**2).mean()
+
+    @jax.jit
+    def step(decoder, opt_state, encoder, images, key):
+        loss, grads = jax.value_and_grad(loss_fn)(decoder, encoder, images, key)
+        updates, opt_state = optimiser.update(grads, opt_state)
+        return optax.apply_updates(decoder, updates), opt_state, loss
+
+    encoder = {name: tree for name, tree in params.items() if name != "decoder"}
+    decoder, opt_state = params["decoder"], optimiser.init(params["decoder"])
+    bar = tqdm(range(steps), desc="decoder", mininterval=5)
+    for i in bar:
+        scenes, _ = prompts.sample_batch(world, batch, rng)
+        images = jnp.asarray(render.render(world, scenes)) * 2.0 - 1.0
+        key = jax.random.fold_in(jax.random.key(seed + 1), i)
+        decoder, opt_state, loss = step(decoder, opt_state, encoder, images, key)
+        if i % 100 == 99:
+            bar.set_postfix(loss=f"{float(loss):.4f}")
+    return encoder | {"decoder": decoder}
+
+
 def latent_statistics(vae: AutoencoderKL, params: Tree, world: World, rng: np.random.Generator) -> tuple[float, float]:
     """(1 / standard deviation, mean) of the raw latents over 2048 fresh scenes."""
     scenes, _ = prompts.sample_batch(world, 2048, rng)

@@ -109,7 +109,7 @@ def color_attr(first: tuple[str, str], second: tuple[str, str]) -> Record:
     return _record("color_attr", include, f"{_article(' '.join(first))} and {_article(' '.join(second))}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _all_records(world: World) -> dict[str, tuple[Record, ...]]:
     shape_pairs = list(itertools.permutations(world.shapes, 2))
     color_pairs = list(itertools.permutations(world.colors, 2))
@@ -153,7 +153,7 @@ def _stable_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def held_out_compositions(world: World) -> frozenset[str]:
     """Compositions that never occur in training: of each split tag the fifth with the smallest hashes."""
     held_out: set[str] = set()
@@ -168,12 +168,12 @@ def is_held_out(world: World, record: Record) -> bool:
     return composition(record) in held_out_compositions(world)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split_records(world: World, tag: str, held_out: bool) -> tuple[Record, ...]:
     return tuple(record for record in all_records(world, tag) if is_held_out(world, record) == held_out)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _held_out_prompts(world: World) -> frozenset[str]:
     return frozenset(record["prompt"] for tag in HELD_OUT_TAGS for record in _split_records(world, tag, True))
 

@@ -253,8 +253,8 @@ def _spoilt_mixture(world: World, choice, records, scenes, clean, rng: Rng) -> t
         prompts.sample_scene(world, record, rng) if rng.random() < 0.5 else scenes[rng.integers(len(scenes))]
         for record in records
     ]
-    same_ground = rng.random(len(scenes)) < 0.7
-    others = [Scene(o.objects, s.background if same else o.background) for o, s, same in zip(others, scenes, same_ground)]
+    share_ground = rng.random(len(scenes)) < 0.7
+    others = [Scene(o.objects, (s if same else o).background) for o, s, same in zip(others, scenes, share_ground)]
     others = render(world, others)
     kinds = rng.choice([KINDS.index(kind) for kind in choice], len(scenes))
     images = np.empty_like(clean)

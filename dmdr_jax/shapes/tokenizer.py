@@ -6,6 +6,7 @@ that the end token has the largest id. Each caption word is one token; any other
 on its bytes, so nothing fails to tokenise.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ def split_word(word: str, merges: list[Merge]) -> list[str]:
     rank = {merge: i for i, merge in enumerate(merges)}
     pieces = [*word[:-1], word[-1] + WORD_END]
     while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:]))
+        pairs = list(itertools.pairwise(pieces))
         best = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
         if pairs[best] not in rank:
             break
@@ -100,7 +101,7 @@ def make_tokenizers(words: Iterable[str], context: int = CONTEXT) -> "tuple[CLIP
 
 
 def save_tokenizer(tokenizer: "CLIPTokenizer", folder: str | os.PathLike) -> None:
-    """Writes `tokenizer.save_pretrained` plus `vocab.json` and `merges.txt`, which transformers 4's CLIPTokenizer reads."""
+    """Writes `tokenizer.save_pretrained`, plus the `vocab.json` and `merges.txt` that transformers 4 reads."""
     tokenizer.save_pretrained(folder)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (Path(folder) / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")

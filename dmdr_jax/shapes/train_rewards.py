@@ -34,11 +34,12 @@ def main(args: argparse.Namespace) -> None:
     if args.steps < 10 or args.pool < 100:
         raise UserError("--steps must be at least 10 and --pool at least 100.")
     from dmdr_jax.diffusers_io.safetensors_io import write_text
-    from dmdr_jax.shapes import reward_training
+    from dmdr_jax.shapes import reward_measures, reward_training
 
     started = time.monotonic()
-    trainer, measures = reward_training.train(args.name, args.world, args.steps, args.seed, args.pool)
+    trainer = reward_training.train(args.name, args.world, args.steps, args.seed, args.pool)
     reward_training.save(trainer, args.out)
+    measures = reward_measures.measure(trainer)
     run = {"name": args.name, "world": args.world, "steps": args.steps, "seed": args.seed, "pool": args.pool}
     table = json.dumps({**run, **{key: round(value, 4) for key, value in measures.items()}}, indent=2)
     write_text(args.out / "metrics.json", table + "\n")

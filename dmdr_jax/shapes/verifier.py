@@ -40,7 +40,7 @@ MIN_AREA_SHARE = 0.45  # of the world's smallest clean object
 
 _TEMPLATE_OFFSETS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the centroid within a pixel
 _TEMPLATE_SCALES = (0.92, 1.0, 1.08)  # of the world's radii
-_PLANAR = np.zeros((3, 3, 3), bool)  # 8-connected within a plane, never across planes
+_PLANAR: np.ndarray = np.zeros((3, 3, 3), bool)  # 8-connected within a plane, never across planes
 _PLANAR[1] = True
 
 
@@ -123,7 +123,7 @@ class _Components:
     area: np.ndarray
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _templates(world: World) -> tuple[np.ndarray, np.ndarray]:
     """Template bank: coverage windows, float32 [t, k^2], and the class index of each, int [t] in rising order.
 
@@ -149,7 +149,7 @@ def _centroids(windows: np.ndarray) -> np.ndarray:
     return np.stack([windows.sum(2) @ span, windows.sum(1) @ span], -1) / mass[:, None]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def min_area(world: World) -> int:
     """Fewest pixels of an object: a share of the world's smallest clean one."""
     half = stamp_half(world)
@@ -263,7 +263,7 @@ def detect(world: World, images: np.ndarray, batch: int = 256) -> Detections:
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 255
     if not np.isfinite(images).all():
-        raise UserError("images contain values that are not finite; the sampler diverged, lower its learning rate")
+        raise UserError("images contain values that are not finite; check the weights they were sampled with")
     parts = [_detect_batch(world, images[i : i + batch]) for i in range(0, len(images), batch)]
     return Detections(
         objects=tuple(objects for part in parts for objects in part.objects),
@@ -290,7 +290,7 @@ def _detect_batch(world: World, images: np.ndarray) -> Detections:
     n, size = len(images), world.size
     images = np.clip(images, 0, 1).astype(np.float32, copy=False)
     lab = oklab(images)
-    border = np.ones((size, size), bool)
+    border: np.ndarray = np.ones((size, size), bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
     background = np.median(lab[:, border], axis=1)
     masks, unlike_background = _palette_masks(world, lab, background)
@@ -339,18 +339,16 @@ def lenient_verdict(found: Sequence[Detection], record: Mapping) -> bool:
     """
     groups: list[list[Detection] | None] = []
     for item in record["include"]:
-        group: list[Detection] | None = [d for d in found if d.shape == item["class"]][: item["count"]]
-        if len(group) < item["count"] or any(d.color != item.get("color", d.color) for d in group):
-            group = None
-        elif "position" in item:
+        group = [d for d in found if d.shape == item["class"]][: item["count"]]
+        good = len(group) == item["count"] and all(d.color == item.get("color", d.color) for d in group)
+        if good and "position" in item:
             relation, reference = item["position"]
             others = groups[reference]
-            if others is None or not all(relation in relations_between(a.box, b.box) for a in group for b in others):
-                group = None
-        groups.append(group)
-    excluded = any(
-        sum(d.shape == item["class"] for d in found) >= item["count"] for item in record.get("exclude", ())
-    )
+            good = others is not None and all(
+                relation in relations_between(a.box, b.box) for a in group for b in others
+            )
+        groups.append(group if good else None)
+    excluded = any(sum(d.shape == item["class"] for d in found) >= item["count"] for item in record.get("exclude", ()))
     return not excluded and all(group is not None for group in groups)
 
 

@@ -4,8 +4,8 @@ A `World` is a small, fully specified universe of flat shapes on a flat backgrou
 verifier, metrics) is a function of it, so a larger world is another instance and no other code.
 
 Coordinates are in pixels with the origin at the image's top-left *edge*, x to the right and y down: the centre of pixel
-(row i, column j) is (j + .5, i + .5). Centres lie on a lattice whose offset from the pixel grid is fixed; at these sizes
-that keeps every clean scene readable without error (a circle centred on a pixel boundary looks like a small square).
+(row i, column j) is (j + .5, i + .5). Centres lie on a lattice whose offset from the pixel grid is fixed; at these
+sizes that keeps every clean scene readable without error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EXTENTS = {
     "cross": (1.05, -1.05, 1.05),
     "star": (1.1413, -1.2, 0.9708),
     "ring": (1.05, -1.05, 1.05),
-    "heart": (0.99, -0.926, 1.0),
+    "heart": (0.99, -0.944, 1.0),
 }
 
 POSITION_SHRINK = 0.1  # GenEval: part of the two sizes taken off the centre offset on each axis
@@ -92,7 +92,9 @@ class World:
         ):
             unknown = sorted(set(names) - set(known))
             if unknown:
-                raise UserError(f"world {self.name!r} names the unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+                raise UserError(
+                    f"world {self.name!r} names the unknown {kind} {unknown[0]!r}; known: {', '.join(known)}"
+                )
 
     @property
     def reach(self) -> float:
@@ -167,7 +169,7 @@ def get_world(name: str) -> World:
     return WORLDS[name]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lattice(world: World, radius: float) -> np.ndarray:
     """Lattice coordinates (one axis, pixels, increasing) at which an object of `radius` fits whatever its shape."""
     reach = world.reach * radius + world.margin

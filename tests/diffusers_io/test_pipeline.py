@@ -78,6 +78,8 @@ def test_round_trip_through_diffusers(kind, folders, tmp_path):
             np.testing.assert_array_equal(held[key].numpy(), entry.to_torch(np.asarray(leaf)[entry.index]), key)
 
     again = pipelines.load_pipeline(out)
+    no_t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    assert again.from_pretrained_options == (no_t5 if kind == "sd3_no_t5" else {})
     assert_same_trees(again.params, changed)
     assert again.student == {"steps": 4} and pipeline.student is None
 

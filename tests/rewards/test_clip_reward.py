@@ -14,7 +14,7 @@ from dmdr_jax.rewards.clip_reward import CLIP_MEAN, CLIP_STD, Preprocessing, loa
 from dmdr_jax.shapes.tokenizer import make_tokenizers, save_tokenizer
 from tests.torch_weights import randomise
 
-WORDS = "a and red blue circle square photo realistic".split()
+WORDS = ["a", "and", "red", "blue", "circle", "square", "photo", "realistic"]
 PROMPTS = ["a red circle", "a red circle and a blue square", "a blue square and " * 9]
 
 
@@ -57,13 +57,13 @@ def random_images(*shape, seed=0):
     return np.random.default_rng(seed).uniform(-0.2, 1.2, shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (37, 37), (24, 40), (9, 9)])
+@pytest.mark.parametrize("size", [(16, 16), (37, 21), (9, 9)])
 def test_scores_are_those_of_transformers(clip, size):
     model, reward = clip
-    ids, images = reward.tokenize(PROMPTS), random_images(3, *size, 3)
-    ours = score_of(reward)(reward.params, jnp.asarray(images), reward.text_features(ids))
-    assert ours.shape == (3,) and ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, torch_scores(model, ids, images), atol=1e-5)
+    images = random_images(3, *size, 3)
+    ours = reward.score_prompts(images, PROMPTS)
+    assert ours.shape == (3,) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, torch_scores(model, reward.tokenize(PROMPTS), images), atol=1e-5)
 
 
 def test_legacy_end_token(tmp_path):
@@ -74,7 +74,7 @@ def test_legacy_end_token(tmp_path):
 
 
 def test_bf16_towers_still_score_in_fp32(clip):
-    model, reward = clip
+    _, reward = clip
     low = load_clip_reward(reward.spec, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype(jnp.bfloat16)}
     images = random_images(3, 16, 16, 3)
@@ -85,50 +85,47 @@ def test_bf16_towers_still_score_in_fp32(clip):
     np.testing.assert_allclose(scores, reward.score_prompts(images, PROMPTS), atol=0.05)
 
 
-def score_of(reward):
-    """The reward's score compiled, as it is used."""
-    return jax.jit(reward.score)
-
-
-def test_gradient_to_the_pixels_by_finite_differences(clip):
+@pytest.fixture(scope="module")
+def gradients(clip):
+    """Compiled ``(params, images [3, 24, 24, 3], text features) -> (sum of scores, gradients to all three)``."""
     _, reward = clip
-    features = reward.text_features(reward.tokenize(PROMPTS))
-    images = jnp.asarray(np.random.default_rng(1).uniform(0.1, 0.9, (3, 24, 24, 3)), jnp.float32)
-    direction = jnp.asarray(np.random.default_rng(2).normal(size=images.shape), jnp.float32)
+    return jax.jit(jax.value_and_grad(lambda *inputs: reward.score(*inputs).sum(), argnums=(0, 1, 2)))
 
-    @jax.jit
-    def total(images):
-        return reward.score(reward.params, images, features).sum()
 
+@pytest.fixture(scope="module")
+def features(clip):
+    _, reward = clip
+    return reward.text_features(reward.tokenize(PROMPTS))
+
+
+def test_gradient_to_the_pixels_by_finite_differences(clip, gradients, features):
+    _, reward = clip
+    images = np.random.default_rng(1).uniform(0.1, 0.9, (3, 24, 24, 3)).astype(np.float32)
+    direction = np.random.default_rng(2).normal(size=images.shape).astype(np.float32)
     step = 0.01
-    numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
-    exact = (jax.jit(jax.grad(total))(images) * direction).sum()
+    above, below = (gradients(reward.params, images + sign * step * direction, features)[0] for sign in (1, -1))
+    exact = (np.asarray(gradients(reward.params, images, features)[1][1]) * direction).sum()
     assert abs(exact) > 0.01
-    np.testing.assert_allclose(exact, numeric, rtol=0.01)
+    np.testing.assert_allclose(exact, (above - below) / (2 * step), rtol=0.01)
 
 
-def test_gradient_reaches_pixels_and_nothing_else(clip):
+def test_gradient_reaches_pixels_and_nothing_else(clip, gradients, features):
     _, reward = clip
-    features = reward.text_features(reward.tokenize(PROMPTS))
-    images = jnp.asarray(random_images(3, 16, 16, 3))
-
-    def total(params, images, features):
-        return reward.score(params, images, features).sum()
-
-    to_params, to_images, to_text = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(reward.params, images, features)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(to_params)) and not to_text.any()
+    images = random_images(3, 24, 24, 3)
+    _, (to_params, to_images, to_text) = gradients(reward.params, images, features)
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(to_params)) and not np.asarray(to_text).any()
     inside = (images >= 0) & (images <= 1)
+    to_images = np.asarray(to_images)
     assert (to_images[inside] != 0).mean() > 0.99
     assert not to_images[~inside].any()
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
-def test_flat_images_give_finite_scores_and_gradients(clip, value):
+def test_flat_images_give_finite_scores_and_gradients(clip, gradients, features):
     _, reward = clip
-    features = reward.text_features(reward.tokenize(PROMPTS[:1]))
-    score_and_gradient = jax.jit(jax.value_and_grad(lambda x: reward.score(reward.params, x, features)[0]))
-    score, grad = score_and_gradient(jnp.full((1, 24, 24, 3), value))
-    assert jnp.isfinite(score) and jnp.isfinite(grad).all() and (grad != 0).any()
+    flat = np.broadcast_to(np.float32([0.0, 1.0, 0.5])[:, None, None, None], (3, 24, 24, 3))
+    total, (_, to_images, _) = gradients(reward.params, flat, features)
+    assert np.isfinite(total) and np.isfinite(to_images).all()
+    assert (np.asarray(to_images) != 0).any(axis=(1, 2, 3)).all()
 
 
 def test_unit_of_a_zero_row_is_zero_with_a_finite_gradient():
@@ -144,14 +141,12 @@ def test_prompt_prefix_and_truncation(clip):
     np.testing.assert_array_equal(ids[0], reward.tokenize(["realistic photo a red circle"])[0])
 
 
-def test_it_is_a_reward_and_parameters_are_arguments(clip):
+def test_it_is_a_reward_and_parameters_are_arguments(clip, gradients, features):
     _, reward = clip
     assert isinstance(reward, Reward)
-    features = reward.text_features(reward.tokenize(PROMPTS))
-    images = jnp.asarray(random_images(3, 16, 16, 3))
-    scaled = jax.tree.map(lambda leaf: 2.0 * leaf, reward.params)
-    score = score_of(reward)
-    assert not np.allclose(score(scaled, images, features), score(reward.params, images, features))
+    images = random_images(3, 24, 24, 3)
+    doubled = jax.tree.map(lambda leaf: 2.0 * leaf, reward.params)
+    assert not np.allclose(gradients(doubled, images, features)[0], gradients(reward.params, images, features)[0])
 
 
 def test_preprocessing_reads_mean_and_std_and_squashes():
@@ -164,7 +159,7 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         load_clip_reward(RewardSpec("mine", str(tmp_path / "none")))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UserError, match="'mine'.*holds a t5"):
+    with pytest.raises(UserError, match=r"'mine'.*holds a t5"):
         load_clip_reward(RewardSpec("mine", str(tmp_path)))
 
 
@@ -172,5 +167,5 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
     make_folder(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         (tmp_path / name).unlink()
-    with pytest.raises(UserError, match="'mine'.*tokenizer"):
+    with pytest.raises(UserError, match=r"'mine'.*tokenizer"):
         load_clip_reward(RewardSpec("mine", str(tmp_path)))

@@ -48,12 +48,12 @@ def test_collapse_is_seen():
     assert healthy.unknown_background == 0 and healthy.samples == 400
 
     assert measure(lambda s: dataclasses.replace(s, background="gray")).background_entropy == 0
-    recolored = lambda s: dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], color="red"),))  # noqa: E731
+    recolored = lambda s: dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], color="red"),))
     assert measure(recolored).color_entropy == 0
-    centered = lambda s: dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], x=15.5, y=15.5),))  # noqa: E731
+    centered = lambda s: dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], x=15.5, y=15.5),))
     assert measure(centered).position_std < 0.3
 
-    by_prompt = lambda s: dataclasses.replace(s, background="gray" if s.objects[0].shape == "circle" else "white")  # noqa: E731
+    by_prompt = lambda s: dataclasses.replace(s, background="gray" if s.objects[0].shape == "circle" else "white")
     assert measure(by_prompt).background_entropy == pytest.approx(math.log(2), abs=0.01)
     assert measure(by_prompt, [r["prompt"] for r in records]).background_entropy == 0
 
@@ -93,7 +93,7 @@ def test_frechet_distance_is_in_the_references_units():
     assert diversity.frechet_distance(shifted, reference) == pytest.approx(3, rel=1e-6)
     assert diversity.frechet_distance(reference, reference) == pytest.approx(0, abs=1e-6)
     nearly_constant = np.concatenate([reference, 1e-4 * rng.normal(size=(500, 1))], 1)
-    moved = nearly_constant + [0, 0, 0, 0.002]
+    moved = nearly_constant + np.array([0, 0, 0, 0.002])
     assert diversity.frechet_distance(moved, nearly_constant) == pytest.approx(0.01, rel=0.05)  # (.002 / .02)^2
     few = diversity.frechet_distance(reference[:2], reference)  # rank deficient
     assert np.isfinite(few) and few > 0
@@ -117,9 +117,10 @@ def test_frechet_sees_faults_above_its_floor():
     assert features.shape == (1500, diversity.FEATURES) == (1500, 63)
     reference, sample = features[500:], images[:500]
     floor = diversity.frechet_floor(reference, 500, np.random.default_rng(0))
-    distance = lambda x: diversity.frechet_distance(diversity.frechet_features(x), reference)  # noqa: E731
+    distance = lambda x: diversity.frechet_distance(diversity.frechet_features(x), reference)
     assert distance(sample) < 2 * floor
     assert distance(ndimage.gaussian_filter(sample, (0, 0.8, 0.8, 0))) > 4 * floor
     noisy = np.clip(sample + np.random.default_rng(0).normal(size=sample.shape) * 8 / 255, 0, 1)
     assert distance(noisy) > 8 * floor
-    assert distance(render.render(SMALL, [dataclasses.replace(s, background="black") for s in scenes[:500]])) > 15 * floor
+    black = [dataclasses.replace(scene, background="black") for scene in scenes[:500]]
+    assert distance(render.render(SMALL, black)) > 15 * floor

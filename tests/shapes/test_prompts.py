@@ -66,7 +66,7 @@ def test_about_a_fifth_is_held_out_and_every_part_is_trained(world):
 
 @BOTH
 def test_both_wordings_of_a_scene_are_on_the_same_side(world):
-    side = lambda record: prompts.is_held_out(world, record)  # noqa: E731
+    side = lambda record: prompts.is_held_out(world, record)
     for a, b in [("circle", "square"), ("triangle", "cross"), ("square", "triangle")]:
         assert side(prompts.two_object(a, b)) == side(prompts.two_object(b, a))
         assert side(prompts.position(a, "left of", b)) == side(prompts.position(b, "right of", a))

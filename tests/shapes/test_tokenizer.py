@@ -7,7 +7,8 @@ import pytest
 from dmdr_jax.shapes.tokenizer import build_merges, make_tokenizers, make_vocabulary, save_tokenizer, split_word
 
 # Words that share prefixes, letters and endings, where a careless merge order breaks one with another.
-WORDS = "a an and red green square squares circle circles ring rings star stars are three tree left of".split()
+WORDS = ["a", "an", "and", "are", "circle", "circles", "green", "left", "of", "red"]
+WORDS += ["ring", "rings", "square", "squares", "star", "stars", "three", "tree"]
 PROMPTS = ["a red circle", "three green squares and a star", "a ring left of a circle"]
 
 

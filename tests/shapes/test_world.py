@@ -8,11 +8,21 @@ import pytest
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.shapes import prompts, render
-from dmdr_jax.shapes.world import EXTENTS, LARGE, RELATIONS, SMALL, Scene, SceneObject, get_world, lattice
-from dmdr_jax.shapes.world import position_components, relations_between
+from dmdr_jax.shapes.world import (
+    EXTENTS,
+    LARGE,
+    RELATIONS,
+    SMALL,
+    Scene,
+    SceneObject,
+    get_world,
+    lattice,
+    position_components,
+    relations_between,
+)
 
 # Changes only when the renderer, the palette or the sampler changes on purpose; trained folders depend on all three.
-REFERENCE_DIGEST = "3b587f08c59693d8"
+REFERENCE_DIGEST = "3a86a204f51b7327"
 
 
 def test_unknown_names_are_refused():
@@ -72,7 +82,8 @@ def test_rendering_does_not_depend_on_the_batch():
 
 def test_reference_renders_are_unchanged():
     scenes, _ = prompts.sample_batch(SMALL, 64, 2024, split="all")
-    pixels = np.rint(render.render(SMALL, scenes) * 255).astype(np.uint8)
+    # Coverage is in sixteenths, so a rounding offset of 1/64 keeps every pixel off the ties.
+    pixels = np.floor(render.render(SMALL, scenes) * 255 + 0.5 + 1 / 64).astype(np.uint8)
     assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == REFERENCE_DIGEST
 
 
@@ -87,7 +98,7 @@ def test_oklab_of_known_colors():
 
 def test_relations_follow_genevals_rule():
     box = (0.0, 0.0, 10.0, 10.0)
-    shift = lambda dx, dy: (dx, dy, 10 + dx, 10 + dy)  # noqa: E731
+    shift = lambda dx, dy: (dx, dy, 10 + dx, 10 + dy)
     assert relations_between(box, shift(20, 0)) == {"left of"}
     assert relations_between(shift(20, 0), box) == {"right of"}
     assert relations_between(box, shift(0, 20)) == {"above"}

@@ -1,0 +1,198 @@
+"""The result of an evaluation: measurements summarised, compared, written and read back."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmdr_jax.errors import UserError
+from dmdr_jax.evaluation.table import (
+    MISSING,
+    Estimate,
+    Statistic,
+    estimate,
+    format_estimate,
+    jackknife,
+    markdown_table,
+    paired,
+)
+
+RESULTS_FILE = "results.json"
+TABLE_FILE = "table.md"
+IMAGES_FILE = "images.npz"
+
+Summary = dict[str, Estimate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model's images, measured.
+
+    Attributes:
+      per_image: by name, ``[n]`` numbers or verdicts.
+      statistics: by name, functions of a set of the images.
+    """
+
+    per_image: dict[str, np.ndarray]
+    statistics: dict[str, Statistic]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+      key: in summaries.
+      title: the header.
+      better: 1 where more is better, -1 where less is, 0 where neither.
+      digits: behind the point.
+      group: the part of the table it stands in.
+    """
+
+    key: str
+    title: str
+    better: int
+    digits: int = 3
+    group: str = "verdicts"
+
+
+_SCORER_TITLES = {"reward": "{} (trained)", "judge": "{} (held out)"}
+
+
+def columns(tags: Sequence[str], scorers: Sequence[str], in_world: bool) -> list[Column]:
+    """The table's columns in their order.
+
+    Args:
+      scorers: ``reward/NAME`` for what was trained on, ``judge/NAME`` for what was held out.
+      in_world: whether the embedded world's verifier and distances are there.
+    """
+    verdicts = [Column("lenient", "lenient", 1), Column("strict", "strict", 1), Column("strict/unseen", "unseen", 1)]
+    verdicts += [Column(f"strict/{tag}", tag.replace("_", " "), 1) for tag in tags]
+    scores = [Column(key, _SCORER_TITLES[key.split("/")[0]].format(key.split("/")[1]), 1, 4, "scores") for key in scorers]
+    spread = [
+        Column("frechet/renders", "Fréchet, renders", -1, 2, "distribution"),
+        Column("frechet/teacher", "Fréchet, teacher", -1, 2, "distribution"),
+        Column("background_entropy", "background, nats", 1, 3, "distribution"),
+        Column("color_entropy", "color, nats", 1, 3, "distribution"),
+        Column("position_std", "position, px", 0, 2, "distribution"),
+        Column("junk", "junk", -1, 4, "distribution"),
+        Column("chroma", "chroma", 0, 4, "distribution"),
+    ]
+    return [*verdicts, *scores, *spread] if in_world else scores
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def summarise(measured: Measured, units: np.ndarray, subsets: Mapping[str, np.ndarray]) -> Summary:
+    """Every measure with its standard error, and the strict verdict on each subset as ``strict/NAME``."""
+    summary = {key: estimate(values, units) for key, values in measured.per_image.items()}
+    if "strict" in measured.per_image:
+        strict = measured.per_image["strict"]
+        summary |= {f"strict/{name}": estimate(strict[rows], units[rows]) for name, rows in subsets.items()}
+    return summary | {key: jackknife(f, len(units)) for key, f in measured.statistics.items()}
+
+
+def compare(measured: Measured, other: Measured, units: np.ndarray, subsets: Mapping[str, np.ndarray]) -> Summary:
+    """As `summarise`, of the differences ``measured - other`` image by image; what only one has is left out."""
+    shared = [key for key in measured.per_image if key in other.per_image]
+    pairs = {key: (measured.per_image[key], other.per_image[key]) for key in shared}
+    result = {key: paired(a, b, units) for key, (a, b) in pairs.items()}
+    if "strict" in pairs:
+        a, b = pairs["strict"]
+        result |= {f"strict/{name}": paired(a[rows], b[rows], units[rows]) for name, rows in subsets.items()}
+    for key in (key for key in measured.statistics if key in other.statistics):
+        result[key] = jackknife(_difference(measured.statistics[key], other.statistics[key]), len(units))
+    return result
+
+
+def _difference(f: Statistic, g: Statistic) -> Statistic:
+    return lambda index: f(index) - g(index)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def write(out: Path, results: Mapping[str, Any]) -> None:
+    """``results.json`` and ``table.md``."""
+    text = json.dumps(_plain(results), indent=1, allow_nan=False)
+    (out / RESULTS_FILE).write_text(text, encoding="utf-8")
+    (out / TABLE_FILE).write_text(as_markdown(read(out)), encoding="utf-8")
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """What `write` wrote, summaries as `Estimate`.
+
+    Raises:
+      UserError: there is no evaluation in the folder.
+    """
+    file = Path(folder) / RESULTS_FILE
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{file} is missing or damaged: give the --out folder of python -m dmdr_jax.evaluate.") from None
+    results["columns"] = [Column(**column) for column in results["columns"]]
+    for model in (*results["models"], *filter(None, [results["floor"]])):
+        model["summary"] = _estimates(model["summary"])
+        model["differences"] = {name: _estimates(d) for name, d in model["differences"].items()}
+    return results
+
+
+def _estimates(fields: Mapping[str, Mapping[str, Any]]) -> Summary:
+    def number(x: float | None) -> float:
+        return math.nan if x is None else x
+
+    return {key: Estimate(number(e["mean"]), number(e["se"]), e["n"]) for key, e in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types; what is not finite becomes null."""
+    if dataclasses.is_dataclass(value):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The table, in parts that fit a page, then the paired differences."""
+    rows = [*results["models"], *filter(None, [results["floor"]])]
+    parts = [f"# {results['title']}\n", results["caption"] + "\n"]
+    groups = list(dict.fromkeys(column.group for column in results["columns"]))
+    for group in groups:
+        chosen = [c for c in results["columns"] if c.group == group]
+        header = ["model", "NFE", *(["images/s"] if group == groups[0] else []), *(c.title for c in chosen)]
+        body = [_row(model, chosen, group == groups[0]) for model in rows]
+        parts += [f"## {group.capitalize()}\n", markdown_table(header, body)]
+    for other in results["compared_with"]:
+        models = [m for m in results["models"] if other in m["differences"]]
+        if not models:
+            continue
+        parts.append(f"## Differences from {other}, image by image\n")
+        for group in groups:
+            chosen = [c for c in results["columns"] if c.group == group]
+            body = [
+                [m["name"], *(format_estimate(m["differences"][other].get(c.key), c.digits, True) for c in chosen)]
+                for m in models
+            ]
+            parts.append(markdown_table(["model", *(c.title for c in chosen)], body))
+    parts.append(f"    {results['command']}\n")
+    return "\n".join(parts)
+
+
+def _row(model: Mapping[str, Any], chosen: Sequence[Column], with_speed: bool) -> list[str]:
+    nfe = MISSING if model["nfe"] is None else str(model["nfe"])
+    speed = MISSING if model["images_per_second"] is None else f"{model['images_per_second']:.3g}"
+    cells = [format_estimate(model["summary"].get(column.key), column.digits) for column in chosen]
+    return [model["name"], nfe, *([speed] if with_speed else []), *cells]

@@ -1,0 +1,127 @@
+"""Statistics of a comparison: means, standard errors, paired differences, and how they are written.
+
+Every model draws the same prompts from the same noise, so models are compared image by image: the
+standard error of a difference is that of the mean of ``d_i = x_i - y_i``, which leaves out what
+prompts and noise contribute to both.
+
+Several images of one prompt are not independent. With N images in G prompts, and r_g the sum of the
+residuals of prompt g, the prompt is the unit in (Liang and Zeger 1986)::
+
+    se^2 = G / (G - 1) * sum_g r_g^2 / N^2                                              (1)
+
+which is the ordinary s^2 / N where every prompt has one image. With few prompts (1) is too small on
+average, so the larger of (1) and the image-wise standard error is taken (Angrist and Pischke 2009,
+section 8.2).
+
+What is no mean (a Frechet distance, an entropy) gets the delete-a-group jackknife over B blocks::
+
+    se^2 = (B - 1) / B * sum_b (theta_(b) - mean theta_())^2                            (2)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+BLOCKS = 20
+DECISIVE = 2.0  # standard errors
+MISSING = "–"
+
+Statistic = Callable[[np.ndarray], float]
+"""Maps indices of images to a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number, its standard error (nan where unknown) and the images behind it."""
+
+    mean: float
+    se: float
+    n: int
+
+
+# --- estimates -----------------------------------------------------------------------------------------------------
+
+
+def estimate(values: np.ndarray, units: Sequence | None = None) -> Estimate:
+    """Mean of ``values`` ``[n]`` with its standard error.
+
+    Verdicts (bool) that are all alike say nothing of their spread; one success and one failure are then
+    added for the standard error (Laplace's rule of succession).
+
+    Args:
+      units: what is independent, ``[n]`` labels (the prompts); None: every value.
+    """
+    values = np.asarray(values)
+    n = len(values)
+    if not n:
+        return Estimate(math.nan, math.nan, 0)
+    x = values.astype(np.float64)
+    if values.dtype == bool and len(np.unique(values)) == 1:
+        share = (x.sum() + 1) / (n + 2)
+        return Estimate(float(x.mean()), math.sqrt(share * (1 - share) / (n + 2)), n)
+    by_image, by_unit = _unit_error(x, np.arange(n)), math.nan if units is None else _unit_error(x, units)
+    return Estimate(float(x.mean()), float(np.fmax(by_image, by_unit)), n)
+
+
+def _unit_error(x: np.ndarray, units: Sequence) -> float:
+    """Equation (1); nan with fewer than two units."""
+    _, unit = np.unique(np.asarray(units), return_inverse=True)
+    residuals = np.bincount(unit, x - x.mean())
+    g = len(residuals)
+    return math.sqrt(g / (g - 1) * (residuals**2).sum()) / len(x) if g > 1 else math.nan
+
+
+def paired(values: np.ndarray, others: np.ndarray, units: Sequence | None = None) -> Estimate:
+    """Mean difference ``values - others`` of measurements ``[n]`` on the same prompts and noise."""
+    return estimate(np.asarray(values, np.float64) - np.asarray(others, np.float64), units)
+
+
+def jackknife(statistic: Statistic, n: int, blocks: int = BLOCKS) -> Estimate:
+    """A statistic of n images with its standard error, equation (2).
+
+    Images are dealt to the blocks in turn, so that each block has the same mix of prompts.
+    """
+    blocks, index = min(blocks, n), np.arange(n)
+    if blocks < 2:
+        return Estimate(statistic(index), math.nan, n)
+    left_out = np.array([statistic(index[index % blocks != b]) for b in range(blocks)])
+    se = math.sqrt((blocks - 1) / blocks * ((left_out - left_out.mean()) ** 2).sum())
+    return Estimate(statistic(index), se, n)
+
+
+def decide(difference: Estimate, better: int) -> str:
+    """``better``, ``worse`` or ``undecided``: whether a difference exceeds two standard errors.
+
+    Args:
+      better: 1 where more is better, -1 where less is; 0 for what is neither, where the answer is
+        ``higher``, ``lower`` or ``undecided``.
+    """
+    if not abs(difference.mean) > DECISIVE * difference.se:  # also where the standard error is unknown
+        return "undecided"
+    if better == 0:
+        return "higher" if difference.mean > 0 else "lower"
+    return "better" if difference.mean * better > 0 else "worse"
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def format_estimate(value: Estimate | None, digits: int = 3, signed: bool = False) -> str:
+    """``0.617 ± 0.031``; the standard error is left out where it is unknown, and all where the number is."""
+    if value is None or not math.isfinite(value.mean):
+        return MISSING
+    mean = f"{value.mean:{'+' if signed else ''}.{digits}f}"
+    return f"{mean} ± {value.se:.{digits}f}" if math.isfinite(value.se) else mean
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown whose columns line up as plain text too; the first column is aligned left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in (header, *rows)
+    ]
+    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"

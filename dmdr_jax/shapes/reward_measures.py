@@ -1,0 +1,141 @@
+"""What a reward of the embedded world is worth, on prompts and pictures that it was not trained on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmdr_jax.rewards.clip_reward import embed_images, embed_texts, split_params
+from dmdr_jax.shapes import rewards
+from dmdr_jax.shapes.reward_data import KINDS, Groups, all_world_records, make_groups
+from dmdr_jax.shapes.reward_training import EQUAL_SHARE, WORSE_KINDS, Trainer, unit_images
+from dmdr_jax.shapes.verifier import judge
+
+TEST_GROUPS, TEST_SEED = 400, 10_000
+REPAIR_STEPS, REPAIR_STEP = 40, 0.4
+
+
+def measure(trainer: Trainer, seed: int = TEST_SEED) -> dict[str, float]:
+    """All measures on fresh groups: prompts that were trained on under `seen/`, the others under `held_out/`."""
+    metrics: dict[str, float] = {}
+    for offset, (name, split) in enumerate((("seen", "train"), ("held_out", "held_out"))):
+        groups = make_groups(trainer.world, TEST_GROUPS, seed + offset, split)
+        cosines = trainer.group_cosines(groups)
+        found = {**retrieval_metrics(cosines, groups), **verdict_metrics(cosines, groups)}
+        found |= repair_metrics(trainer, groups)
+        found |= taste_metrics(trainer, groups, seed)
+        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+    return metrics
+
+
+def repair_metrics(trainer: Trainer, groups: Any, count: int = 256) -> dict[str, float]:
+    """What climbing the score does to wrong pictures: verdicts and scores before and after steps on the pixels.
+
+    REPAIR_STEPS steps of L2 length REPAIR_STEP along the gradient, kept in [0, 1]. An informative reward makes
+    wrong pictures right; one that can be fooled raises its score alone.
+    """
+    own = np.take_along_axis(groups.truth, groups.prompt[:, None, None], 2)[..., 0]
+    wrong = np.argwhere(~own)
+    wrong = wrong[np.random.default_rng(0).permutation(len(wrong))[:count]]
+    start = jnp.asarray(groups.images[wrong[:, 0], wrong[:, 1]].astype(np.float32) / 255)
+    vision, text = split_params(trainer.params)
+    features = embed_texts(trainer.text, text, trainer.ids[groups.prompt[wrong[:, 0]]])
+
+    def total(images: Any) -> Any:
+        scores = (embed_images(trainer.vision, trainer.preprocess, vision, images) * features).sum(-1)
+        return scores.sum(), scores
+
+    @jax.jit
+    def climb(images: Any) -> Any:
+        def one(images: Any, _: Any) -> Any:
+            uphill, scores = jax.grad(total, has_aux=True)(images)
+            return jnp.clip(images + REPAIR_STEP * unit_images(uphill), 0.0, 1.0), scores.mean()
+
+        return jax.lax.scan(one, images, None, length=REPAIR_STEPS)
+
+    end, scores = climb(start)
+    records = all_world_records(trainer.world)
+    asked = [records[p] for p in groups.prompt[wrong[:, 0]]]
+    before = judge(trainer.world, np.asarray(start), asked).summary()
+    after = judge(trainer.world, np.asarray(end), asked).summary()
+    metrics = {f"repair/{name}": after[name] for name in ("strict", "lenient", "partial", "junk_fraction")}
+    metrics["repair/partial_before"] = before["partial"]
+    return metrics | {"repair/score_before": float(scores[0]), "repair/score": float(total(end)[1].mean())}
+
+
+def taste_metrics(trainer: Trainer, groups: Any, seed: int) -> dict[str, float]:
+    """Pair accuracies: `unbiased` (same saturation), `better_saturated`, `worse_saturated`; and `taste`.
+
+    `taste` is how often, of two right pictures, the more saturated one scores higher; .5 is no taste.
+    """
+    pairs = rewards.preference_pairs(groups, WORSE_KINDS, EQUAL_SHARE, seed)
+    vision, text = split_params(trainer.params)
+    features = embed_texts(trainer.text, text, trainer.ids[pairs.prompt])
+
+    def scores(images: Any, factor: float) -> Any:
+        shown = rewards.saturate(jnp.asarray(images, jnp.float32) / 255, jnp.full(len(images), factor))
+        return np.asarray((embed_images(trainer.vision, trainer.preprocess, vision, shown) * features).sum(-1))
+
+    low, high = 0.8, 1.4
+    judged = ~pairs.equal
+    plain = scores(pairs.better, 1.0) > scores(pairs.worse, 1.0)
+    liked = scores(pairs.better, high) > scores(pairs.worse, low)
+    disliked = scores(pairs.better, low) > scores(pairs.worse, high)
+    return {
+        "preference/unbiased": float(plain[judged].mean()),
+        "preference/better_saturated": float(liked[judged].mean()),
+        "preference/worse_saturated": float(disliked[judged].mean()),
+        "preference/taste": float(np.concatenate([liked[pairs.equal], ~disliked[pairs.equal]]).mean()),
+    }
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Probability that a positive scores above a negative, ties counted half (Mann-Whitney)."""
+    if not len(positive) or not len(negative):
+        return float("nan")
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
+    return float(below.mean() / (2 * len(negative)))
+
+
+def verdict_metrics(cosines: np.ndarray, groups: Groups) -> dict[str, float]:
+    """How well scores tell the strict verdict, per kind of picture.
+
+    Args:
+      cosines: `[g, m, c]`, every picture of the groups against every record.
+
+    Returns:
+      `auc/KIND`: pictures of the kind that fail the group's prompt against all clean ones, each under its own
+      prompt; `pair/KIND`: the same against the clean picture of the same group; `auc/all`, `pair/all`; and the
+      mean scores `score/true`, `score/false`, `score/shuffled` (the clean picture under another group's prompt).
+    """
+    column = groups.prompt[:, None, None]
+    scores = np.take_along_axis(cosines, column, 2)[..., 0]
+    fails = ~np.take_along_axis(groups.truth, column, 2)[..., 0]
+    clean = scores[:, 0]
+    metrics: dict[str, float] = {}
+    for k, kind in [*enumerate(KINDS), (-1, "all")]:
+        chosen = fails & ((groups.kinds == k) | (k < 0))
+        if kind != "clean" and chosen.any():
+            metrics[f"auc/{kind}"] = auc(clean, scores[chosen])
+            metrics[f"pair/{kind}"] = float((clean[np.nonzero(chosen)[0]] > scores[chosen]).mean())
+    metrics |= {"score/true": float(clean.mean()), "score/false": float(scores[fails].mean())}
+    metrics["score/shuffled"] = float(cosines[np.arange(len(clean)), 0, np.roll(groups.prompt, 1)].mean())
+    metrics["score/std"] = float(scores.std())
+    return metrics
+
+
+def retrieval_metrics(cosines: np.ndarray, groups: Groups) -> dict[str, float]:
+    """Top-1 accuracy of clean pictures among all captions, and of captions among all clean pictures.
+
+    Args:
+      cosines: `[g, m, c]`.
+    """
+    clean, truth = cosines[:, 0], groups.truth[:, 0]
+    rows = np.arange(len(clean))
+    asked = np.unique(groups.prompt)
+    return {
+        "retrieval/caption": float(truth[rows, clean.argmax(1)].mean()),
+        "retrieval/image": float(truth[clean[:, asked].argmax(0), asked].mean()),
+    }

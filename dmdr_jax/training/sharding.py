@@ -1,0 +1,145 @@
+"""The device mesh, and which array lies where on it.
+
+Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split), `tensor` (spare, 1 today). A batch
+is split over data and fsdp together. A parameter's largest axis that divides is split over fsdp; what is small or does
+not divide is kept whole on every device. Optimiser moments and EMA have their parameter's shape and path, so the same
+rule puts them where their parameter is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dmdr_jax.errors import UserError
+
+Tree = Any
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+MIN_SIZE = 2**16  # elements; gathering a smaller array costs more time than keeping it whole costs memory
+
+_STACK = re.compile(r".*\.\d+:\d+")  # a path component such as transformer_blocks.0:24
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with axes AXES of the given sizes; one of them may be -1, which means all devices that are left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    text = ", ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"a mesh of {text} has no meaning; sizes are at least 1, and one may be -1 for what is left")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"a mesh of {text} does not fit {len(devices)} device(s); their product must be that number")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Arrays [batch, ...] split on their first axis over data and fsdp.
+
+    Raises:
+      UserError: `batch` does not divide evenly.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch % parts:
+        below, above = batch - batch % parts, batch - batch % parts + parts
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"a batch of {batch} does not divide over {parts} devices "
+            f"({', '.join(f'{axis} {mesh.shape[axis]}' for axis in BATCH_AXES)}); take {near}"
+        )
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def parameter_spec(path: Sequence[str], shape: Sequence[int], fsdp: int, min_size: int = MIN_SIZE) -> PartitionSpec:
+    """Where one parameter (or moment, or delta) is split.
+
+    The largest axis that `fsdp` divides is split, the later one of equals. The leading axis of a stack of blocks is
+    not: the scan over blocks takes one slice at a time, which would then lie on one device.
+
+    Args:
+      path: names from the root to the leaf.
+      fsdp: size of the mesh axis.
+      min_size: arrays with fewer elements stay whole.
+    """
+    if fsdp == 1 or math.prod(shape) < min_size:
+        return PartitionSpec()
+    first = 1 if any(_STACK.fullmatch(name) for name in path) else 0
+    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
+    if not candidates:
+        return PartitionSpec()
+    split = max(candidates, key=lambda axis: (shape[axis], axis))
+    return PartitionSpec(*(["fsdp" if axis == split else None for axis in range(split + 1)]))
+
+
+def parameter_shardings(mesh: Mesh, tree: Tree, min_size: int = MIN_SIZE) -> Tree:
+    """`parameter_spec` for every leaf of a tree of arrays or ShapeDtypeStructs, whatever its containers.
+
+    Works alike on parameters, LoRA deltas, `jax.eval_shape(tx.init, params)` and whole train states.
+    """
+
+    def one(path, leaf) -> NamedSharding:
+        return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, mesh.shape["fsdp"], min_size))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+class Report(NamedTuple):
+    """How a tree lies on a mesh, in bytes.
+
+    Attributes:
+      total: of one whole copy.
+      per_device: on each device.
+      whole: of the part that every device holds whole.
+      largest_whole: path and bytes of the largest leaf among them; None when there is none.
+    """
+
+    total: int
+    per_device: int
+    whole: int
+    largest_whole: tuple[str, int] | None
+
+    def __str__(self) -> str:
+        text = f"{_mib(self.total)} in all, {_mib(self.per_device)} per device, {_mib(self.whole)} kept whole"
+        return f"{text} (largest: {self.largest_whole[0]}, {_mib(self.largest_whole[1])})" if self.largest_whole else text
+
+
+def report(tree: Tree, shardings: Tree) -> Report:
+    """Bytes of `tree` (arrays or ShapeDtypeStructs) under `shardings`, a tree of the same structure."""
+    total = per_device = whole = 0
+    largest: tuple[str, int] | None = None
+    leaves, placements = jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings)
+    for (path, leaf), sharding in zip(leaves, placements, strict=True):
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        total += size
+        per_device += math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if sharding.is_fully_replicated:
+            whole += size
+            if largest is None or size > largest[1]:
+                largest = (".".join(_names(path)), size)
+    return Report(total, per_device, whole, largest)
+
+
+def _names(path: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

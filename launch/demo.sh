@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole way in minutes on a CPU, nothing to download:  bash launch/demo.sh [OUT]
+#
+# Takes the shipped SD3-shaped teacher, trains a 4-step generator (cold start, then distribution matching
+# and rewards together), samples, evaluates on prompts not trained on, exports to diffusers format and
+# writes OUT/report.html (default OUT: runs/demo). Stop it whenever you like; the same command goes on.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+OUT="${1:-runs/demo}"
+install requirements.txt
+python="$VENV/bin/python"
+config=configs/shapes/sd3.py
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/5 distil: the teacher becomes a 4-step generator"
+"$python" -m dmdr_jax.train --config="$config" --workdir="$OUT/run"
+
+step "2/5 sample: the student draws eight prompts"
+"$python" -m dmdr_jax.sample --model "$OUT/run" --prompts launch/demo_prompts.txt --out "$OUT/samples"
+
+step "3/5 evaluate: teacher and student on prompts neither was trained on, from the same noise"
+"$python" -m dmdr_jax.evaluate --world small --per_tag 40 --out "$OUT/evaluation" \
+  --model "teacher=shapes:sd3,steps=25,guidance=3" \
+  --model "teacher, 4 steps=shapes:sd3,steps=4,guidance=3" \
+  --model "DMDR=$OUT/run" \
+  --baseline "teacher, 4 steps"
+
+step "4/5 export: a diffusers folder"
+"$python" -m dmdr_jax.export --checkpoint "$OUT/run" --out "$OUT/student" --overwrite
+
+step "5/5 report"
+"$python" -m dmdr_jax.report "$OUT/run" --evaluation "$OUT/evaluation" --out "$OUT/report.html"
+echo
+echo "Open $OUT/report.html"
