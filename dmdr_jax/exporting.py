@@ -17,8 +17,10 @@ from dmdr_jax.model import Model
 LOADING = """import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype})
+pipe = StableDiffusion3Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}{without})
 """
+WITHOUT_T5 = ", text_encoder_3=None, tokenizer_3=None"
+"""What diffusers wants to be told of a folder that has no T5."""
 
 
 def export_folder(model: Model, out: str, dtype: str | None, kernel: str | None, overwrite: bool) -> str:
@@ -36,7 +38,13 @@ def export_folder(model: Model, out: str, dtype: str | None, kernel: str | None,
     }
     stored = None if dtype is None else jnp.dtype(dtype)
     folder = save_pipeline(model.pipeline, out, {"transformer": params}, scheduler, student, stored, overwrite)
-    return LOADING.format(folder=str(folder), dtype=dtype or "float16") + f"image = {call}"
+    return loading(model, str(folder), dtype) + f"image = {call}"
+
+
+def loading(model: Model, folder: str, dtype: str | None) -> str:
+    """The Python lines that load a folder of this model into diffusers."""
+    without = "" if "text_encoder_3" in model.pipeline.configs else WITHOUT_T5
+    return LOADING.format(folder=folder, dtype=dtype or "float16", without=without)
 
 
 def export_lora(model: Model, out: str, dtype: str | None, kernel: str | None, overwrite: bool) -> str:
@@ -51,7 +59,7 @@ def export_lora(model: Model, out: str, dtype: str | None, kernel: str | None, o
     write_lora(out, model.weights.lora, model.weights.lora_scale, np.dtype(jnp.dtype(dtype or "float32")))
     settings = {k: v for k, v in scheduler.items() if not k.startswith("_")}
     return (
-        LOADING.format(folder=model.meta["teacher"], dtype="float16")
+        loading(model, str(model.pipeline.folder), dtype)
         + f"pipe.load_lora_weights({out!r})\n"
         + f"pipe.scheduler = type(pipe.scheduler)(**{settings})\n"
         + f"image = {call}"

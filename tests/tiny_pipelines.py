@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str = "sd3", seed: int = 0) -> StableDiffusion3Pipeline:
-    """A random pipeline: ``sd3``, ``sd3_no_t5``, ``sd35_medium`` (dual attention) or ``sd35_large`` (RMS-normalised)."""
+    """A random pipeline: ``sd3``, ``sd3_no_t5``, ``sd35_medium`` (dual attention) or ``sd35_large`` (RMS norms)."""
     has_t5 = kind != "sd3_no_t5"
     tokenizers = make_tokenizers(WORDS, CONTEXT)
     encoders = [

@@ -132,7 +132,9 @@ def _vae_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _clip(config: Mapping[str, Any], dtype: Any) -> nn.Module:
     from dmdr_jax.models.clip import ClipTextConfig, ClipTextModel
 
-    return ClipTextModel(ClipTextConfig.from_diffusers({"architectures": ["CLIPTextModelWithProjection"], **config}), dtype)
+    # The place in the pipeline says that there is a projection, also where the file does not.
+    config = {"architectures": ["CLIPTextModelWithProjection"], **config}
+    return ClipTextModel(ClipTextConfig.from_diffusers(config), dtype)
 
 
 def _t5(config: Mapping[str, Any], dtype: Any) -> nn.Module:

@@ -72,6 +72,6 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"there is no folder {name}, and it cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}); accept its licence there and run `hf auth login`, or on a machine with "
-            f"access run `hf download {name} --local-dir DIR` and give DIR."
+            f"({type(error).__name__}: {reason}); accept its licence there and run `hf auth login`, or on a machine "
+            f"with access run `hf download {name} --local-dir DIR` and give DIR."
         ) from error

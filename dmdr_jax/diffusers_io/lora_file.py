@@ -126,7 +126,8 @@ def _pairs(
         shape = places[module].shape
         if a.shape[1:] != shape[1:] or b.shape[0] != shape[0] or b.shape[1] != a.shape[0] or b.ndim != len(shape):
             raise UserError(
-                f"{file}: the factors of {module}, {list(a.shape)} and {list(b.shape)}, do not fit its weight {list(shape)}."
+                f"{file}: the factors of {module}, {list(a.shape)} and {list(b.shape)}, "
+                f"do not fit its weight {list(shape)}."
             )
         pairs[module] = a, b
     return pairs

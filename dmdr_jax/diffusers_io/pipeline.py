@@ -69,17 +69,6 @@ class Pipeline:
     student: Config | None = None
 
 
-    @property
-    def from_pretrained_options(self) -> dict[str, None]:
-        """What diffusers' ``from_pretrained`` must be told of components that the pipeline lacks.
-
-        Nulls in ``model_index.json`` are not enough for it where a component is not optional.
-        """
-        family = hub.family_of(self.model_index, self.folder)
-        absent = [component for component in family.classes if component not in self.configs]
-        return dict.fromkeys(absent + [family.tokenizers[component] for component in absent])
-
-
 def load_pipeline(
     name: str | Path,
     components: Iterable[str] | None = None,
@@ -272,7 +261,8 @@ def _chosen(wanted: list[str], present: list[str], family: Family, folder: Path)
     """The wanted components that are there; UserError for one that cannot be."""
     for component in wanted:
         if component not in family.classes:
-            raise UserError(f"a {family.pipeline_class} has no component {component!r}; it has {', '.join(family.classes)}.")
+            known = ", ".join(family.classes)
+            raise UserError(f"a {family.pipeline_class} has no component {component!r}; it has {known}.")
         if component not in present:
             raise UserError(f"{folder} has no {component}; load it without.")
     return [component for component in present if component in wanted]

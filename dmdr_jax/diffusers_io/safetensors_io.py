@@ -252,11 +252,12 @@ def _sharded(index: Path) -> dict[str, Path]:
         file = index.parent / name
         if not file.is_file():
             keys = [key for key, held in weight_map.items() if held == name]
-            raise UserError(f"{file} is missing: {index.name} says that it holds {len(keys)} tensors, such as {keys[0]!r}.")
+            raise UserError(f"{file} is missing: {index.name} places {len(keys)} tensors there, such as {keys[0]!r}.")
         files.update(dict.fromkeys(_keys(file), file))
     absent = [key for key in weight_map if key not in files]
     if absent:
-        raise UserError(f"{index.parent / weight_map[absent[0]]} lacks the tensor {absent[0]!r} that {index.name} lists.")
+        file = index.parent / weight_map[absent[0]]
+        raise UserError(f"{file} lacks the tensor {absent[0]!r} that {index.name} lists.")
     return files
 
 
@@ -273,7 +274,7 @@ def _nothing_found(folder: Path, variant: str | None) -> str:
         return f"{folder} has only weights of the variant {' and '.join(sorted(variants))}; ask for that variant."
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         return f"{folder} has pickled weights only; save the model again with safe_serialization=True."
-    return f"{folder} has no {STEMS[0]}{_SUFFIX} or {STEMS[1]}{_SUFFIX}" + (f" (variant {variant})." if variant else ".")
+    return f"{folder} has no {STEMS[0]}{_SUFFIX} or {STEMS[1]}{_SUFFIX}."
 
 
 def _matched(folder: Path, wanted: list[Entry], files: Mapping[str, Path]) -> dict[str, str]:
@@ -287,8 +288,8 @@ def _matched(folder: Path, wanted: list[Entry], files: Mapping[str, Path]) -> di
             f"closest in the file: {closest(key, unexpected)}."
         )
     if unexpected:
-        listed = ", ".join(map(repr, unexpected[:_NAMED_AT_MOST])) + (", ..." if len(unexpected) > _NAMED_AT_MOST else "")
-        key = unexpected[0]
+        key, rest = unexpected[0], unexpected[_NAMED_AT_MOST:]
+        listed = ", ".join(map(repr, unexpected[:_NAMED_AT_MOST])) + (", ..." if rest else "")
         raise UserError(
             f"{files[key]} holds {len(unexpected)} tensors that the model of config.json has no place for: {listed}; "
             f"closest in the model to the first: {closest(key, [entry.key for entry in wanted])}."
@@ -358,9 +359,7 @@ def _bytes(entry: Entry, flat: Mapping[tuple[str, ...], Any], dtype: Any) -> int
     return int(np.prod(entry.shape, dtype=np.int64)) * _stored(flat[entry.path], dtype).itemsize
 
 
-def _shards(
-    wanted: list[Entry], flat: Mapping[tuple[str, ...], Any], dtype: Any, max_bytes: int
-) -> list[list[Entry]]:
+def _shards(wanted: list[Entry], flat: Mapping[tuple[str, ...], Any], dtype: Any, max_bytes: int) -> list[list[Entry]]:
     """Entries in the tree's order, cut into lots of at most ``max_bytes``."""
     shards: list[list[Entry]] = [[]]
     size = 0

@@ -60,7 +60,7 @@ class Column:
     group: str = "verdicts"
 
 
-_SCORER_TITLES = {"reward": "{} (trained)", "judge": "{} (held out)"}
+_SCORER_KINDS = {"reward": "trained", "judge": "held out"}
 
 
 def columns(tags: Sequence[str], scorers: Sequence[str], in_world: bool) -> list[Column]:
@@ -72,7 +72,8 @@ def columns(tags: Sequence[str], scorers: Sequence[str], in_world: bool) -> list
     """
     verdicts = [Column("lenient", "lenient", 1), Column("strict", "strict", 1), Column("strict/unseen", "unseen", 1)]
     verdicts += [Column(f"strict/{tag}", tag.replace("_", " "), 1) for tag in tags]
-    scores = [Column(key, _SCORER_TITLES[key.split("/")[0]].format(key.split("/")[1]), 1, 4, "scores") for key in scorers]
+    kinds = [(key, *key.split("/", 1)) for key in scorers]
+    scores = [Column(key, f"{name} ({_SCORER_KINDS[kind]})", 1, 4, "scores") for key, kind, name in kinds]
     spread = [
         Column("frechet/renders", "Fréchet, renders", -1, 2, "distribution"),
         Column("frechet/teacher", "Fréchet, teacher", -1, 2, "distribution"),
@@ -134,7 +135,7 @@ def read(folder: str | Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{file} is missing or damaged: give the --out folder of python -m dmdr_jax.evaluate.") from None
+        raise UserError(f"{file} is missing or damaged: give the --out folder of dmdr_jax.evaluate.") from None
     results["columns"] = [Column(**column) for column in results["columns"]]
     for model in (*results["models"], *filter(None, [results["floor"]])):
         model["summary"] = _estimates(model["summary"])

@@ -93,7 +93,6 @@ class Questions:
       world: whose verifier judges the images; None: no verifier.
       records: one per image.
       seeds: of the noise, one per image.
-      height, width: pixels; None: the model's own.
     """
 
     world: World | None
@@ -155,9 +154,9 @@ def caption(ask: Questions, args: Any, teacher: str) -> str:
     if ask.world is None:
         return common
     return (
-        f"{common} World `{ask.world.name}`, {args.per_tag} prompts for each of six tasks. The task columns and *unseen* are strict "
-        "verdicts; *unseen* leaves out single object and counting, which have too few prompts to keep any from "
-        "training, and holds only compositions that never occur in it. "
+        f"{common} World `{ask.world.name}`, {args.per_tag} prompts for each of six tasks. The task columns and "
+        "*unseen* are strict verdicts; *unseen* holds only compositions that never occur in training, so it leaves out "
+        "single object and counting, which have too few prompts to keep any apart. "
         f"`{FLOOR}` are perfect images: the ceiling of the verdicts and the floor of the Fréchet distance at this "
         f"number of images. *Fréchet, teacher* is the distance to the images of `{teacher}`."
     )
@@ -169,8 +168,7 @@ def caption(ask: Questions, args: Any, teacher: str) -> str:
 def _draw(args: Any, ask: Questions, entry: Entry, model: Model, recipe: Recipe) -> tuple[np.ndarray, float]:
     noise = initial_noise(model.pipeline, *ask.size(model), ask.seeds)
     with tqdm(total=len(ask.records), desc=f"{entry.name}, {recipe.nfe} NFE", unit="image") as bar:
-        options = dict(batch=args.batch, seed=args.seed, progress=bar.update)
-        return draw(model, recipe, ask.prompts, noise, **options)
+        return draw(model, recipe, ask.prompts, noise, batch=args.batch, seed=args.seed, progress=bar.update)
 
 
 def measure(
@@ -197,9 +195,7 @@ def _row(entry: Entry, model: Model, recipe: Recipe, speed: float) -> dict[str, 
     }
 
 
-def _summaries(
-    ask: Questions, measured: Mapping[str, Measured], name: str, compared_with: list[str]
-) -> dict[str, Any]:
+def _summaries(ask: Questions, measured: Mapping[str, Measured], name: str, compared_with: list[str]) -> dict[str, Any]:
     own, units = measured[name], np.array(ask.prompts)
     return {
         "summary": files.summarise(own, units, ask.subsets),
@@ -208,9 +204,7 @@ def _summaries(
     }
 
 
-def _floor(
-    ask: Questions, references: Mapping[str, np.ndarray], scorers: Mapping[str, ClipReward]
-) -> dict[str, Any]:
+def _floor(ask: Questions, references: Mapping[str, np.ndarray], scorers: Mapping[str, ClipReward]) -> dict[str, Any]:
     """The row of perfect images."""
     measured = {FLOOR: measure(ask, shapes_eval.floor_renders(ask.world, ask.records), references, scorers)}
     row = {"name": FLOOR, "nfe": None, "images_per_second": None}

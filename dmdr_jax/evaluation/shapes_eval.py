@@ -1,13 +1,14 @@
 """What the embedded world measures on images: verdicts, diversity, distance to renders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dmdr_jax.evaluation.results import Measured
+from dmdr_jax.evaluation.table import Statistic
 from dmdr_jax.shapes import verifier
-from dmdr_jax.shapes.diversity import attribute_diversity, frechet_distance, frechet_features
+from dmdr_jax.shapes.diversity import AttributeDiversity, attribute_diversity, frechet_distance, frechet_features
 from dmdr_jax.shapes.prompts import sample_scene
 from dmdr_jax.shapes.render import chroma, oklab, render
 from dmdr_jax.shapes.verifier import Detections
@@ -53,27 +54,42 @@ def measure(
     }
     features = frechet_features(images)
     statistics = {f"frechet/{name}": _distance(features, target) for name, target in references.items()}
+    diversity = _diversity(world, verdicts.detections, records)
     for field in ("background_entropy", "color_entropy", "position_std"):
-        statistics[field] = _diversity(world, verdicts.detections, records, field)
+        statistics[field] = lambda index, field=field: getattr(diversity(index), field)
     return Measured(per_image, statistics)
 
 
-def _distance(features: np.ndarray, target: np.ndarray) -> Any:
-    return lambda index: frechet_distance(features[index], target)
+def _distance(features: np.ndarray, target: np.ndarray) -> Statistic:
+    return _remembering(lambda index: frechet_distance(features[index], target))
 
 
-def _diversity(world: World, detections: Detections, records: Sequence[Record], field: str) -> Any:
-    def statistic(index: np.ndarray) -> float:
-        chosen = Detections(
-            tuple(detections.objects[i] for i in index), detections.background[index], detections.junk_fraction[index]
-        )
-        return getattr(attribute_diversity(world, chosen, [records[i] for i in index]), field)
+def _diversity(
+    world: World, detections: Detections, records: Sequence[Record]
+) -> Callable[[np.ndarray], AttributeDiversity]:
+    def of(index: np.ndarray) -> AttributeDiversity:
+        objects = tuple(detections.objects[i] for i in index)
+        chosen = Detections(objects, detections.background[index], detections.junk_fraction[index])
+        return attribute_diversity(world, chosen, [records[i] for i in index])
 
-    return statistic
+    return _remembering(of)
+
+
+def _remembering(f: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+    """``f``, computed once for each set of images: every comparison asks for the same few."""
+    known: dict[bytes, Any] = {}
+
+    def remembered(index: np.ndarray) -> Any:
+        key = index.tobytes()
+        if key not in known:
+            known[key] = f(index)
+        return known[key]
+
+    return remembered
 
 
 def subsets(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Indices of the images of each task, and of the prompts whose compositions never occur in training (``unseen``)."""
+    """Indices of the images of each task, and of those whose compositions never occur in training (``unseen``)."""
     tags = np.array([record["tag"] for record in records])
     rows = {tag: np.flatnonzero(tags == tag) for tag in dict.fromkeys(tags.tolist())}
     unseen = np.array([record.get("split") == "held_out" for record in records])

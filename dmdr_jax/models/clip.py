@@ -64,6 +64,11 @@ class ClipTowerConfig:
         values["with_projection"] = any("WithProjection" in name for name in architectures)
         return cls(**values)
 
+    def _to_json(self, name: str, model_type: str) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        suffix = "WithProjection" if values.pop("with_projection") else ""
+        return {"architectures": [name + suffix], "model_type": model_type, **values}
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig(ClipTowerConfig):
@@ -75,9 +80,7 @@ class ClipTextConfig(ClipTowerConfig):
 
     def to_diffusers(self) -> dict[str, Any]:
         """The ``config.json`` that transformers reads back as the same network."""
-        values = dataclasses.asdict(self)
-        suffix = "WithProjection" if values.pop("with_projection") else ""
-        return {"architectures": [f"CLIPTextModel{suffix}"], "model_type": "clip_text_model", **values}
+        return self._to_json("CLIPTextModel", "clip_text_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +97,13 @@ class ClipVisionConfig(ClipTowerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.num_channels != 3:
-            raise UserError(f"CLIP config: num_channels is {self.num_channels}; only images of 3 channels are supported.")
+            raise UserError(
+                f"CLIP config: num_channels is {self.num_channels}; only images of 3 channels are supported."
+            )
 
     def to_diffusers(self) -> dict[str, Any]:
         """The ``config.json`` that transformers reads back as the same network."""
-        values = dataclasses.asdict(self)
-        suffix = "WithProjection" if values.pop("with_projection") else ""
-        return {"architectures": [f"CLIPVisionModel{suffix}"], "model_type": "clip_vision_model", **values}
+        return self._to_json("CLIPVisionModel", "clip_vision_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,9 @@ class ClipConfig:
         return cls(
             # Older files repeat a tower under "<tower>_config_dict", which transformers lets win.
             text=ClipTextConfig.from_diffusers(config.get("text_config_dict") or config.get("text_config") or {}),
-            vision=ClipVisionConfig.from_diffusers(config.get("vision_config_dict") or config.get("vision_config") or {}),
+            vision=ClipVisionConfig.from_diffusers(
+                config.get("vision_config_dict") or config.get("vision_config") or {}
+            ),
             projection_dim=config.get("projection_dim", cls.projection_dim),
             logit_scale_init_value=config.get("logit_scale_init_value", cls.logit_scale_init_value),
         )
@@ -238,7 +243,9 @@ class VisionTower(nn.Module):
         cfg = self.config
         b, width, side = pixels.shape[0], cfg.hidden_size, cfg.image_size
         if pixels.shape[1:3] != (side, side):
-            raise UserError(f"CLIP vision: images are {pixels.shape[1]} x {pixels.shape[2]}, resize them to {side} x {side}.")
+            raise UserError(
+                f"CLIP vision: images are {pixels.shape[1]} x {pixels.shape[2]}, resize them to {side} x {side}."
+            )
         patches = Conv(
             width,
             kernel_size=cfg.patch_size,

@@ -42,7 +42,9 @@ class T5Config:
         """Reads ``text_encoder_3/config.json``; raises UserError if it is not T5 v1.1."""
         feed_forward = config.get("feed_forward_proj", "relu")
         if feed_forward != _FEED_FORWARD:
-            raise UserError(f"T5 config: feed_forward_proj {feed_forward!r} is not supported, only {_FEED_FORWARD!r} is.")
+            raise UserError(
+                f"T5 config: feed_forward_proj {feed_forward!r} is not supported, only {_FEED_FORWARD!r} is."
+            )
         return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -126,7 +128,11 @@ class T5Encoder(nn.Module):
             name="encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
         )(buckets)
         scan = nn.scan(
-            T5Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.num_layers
+            T5Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers,
         )
         blocks = scan(cfg, self.dtype, name=f"encoder.block.0:{cfg.num_layers}")
         x, _ = blocks(x, bias.transpose(2, 0, 1)[None])

@@ -268,7 +268,7 @@ def _place(world: World, shapes, radii, wanted, rng: np.random.Generator) -> np.
     for _ in range(_MAX_ROUNDS):
         draws = rng.random((_CANDIDATES, n, 2))
         centers = np.stack([points[(draws[:, i] * len(points)).astype(int)] for i, points in enumerate(lattices)], 1)
-        good = np.ones(_CANDIDATES, bool)
+        good: np.ndarray = np.ones(_CANDIDATES, bool)
         for a, b in itertools.combinations(range(n), 2):
             apart = centers[:, a] - centers[:, b]
             good &= (apart * apart).sum(-1) >= (radii[a] + radii[b] + world.min_gap) ** 2

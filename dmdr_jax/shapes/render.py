@@ -108,7 +108,9 @@ def render(world: World, scenes: Sequence[Scene]) -> np.ndarray:
     """Paint scenes; float32 sRGB [n, size, size, 3] in [0, 1]."""
     half, size, n = stamp_half(world), world.size, len(scenes)
     backgrounds = color_array(world.backgrounds)[[world.backgrounds.index(scene.background) for scene in scenes]]
-    padded = np.empty((n, size + 2 * half, size + 2 * half, 3), np.float32)  # stamps may reach past the edge
+    padded: np.ndarray = np.empty(
+        (n, size + 2 * half, size + 2 * half, 3), np.float32
+    )  # stamps may reach past the edge
     padded[:] = backgrounds.reshape(n, 1, 1, 3)
     colors = color_array(world.colors)
     for slot in range(max((len(scene.objects) for scene in scenes), default=0)):

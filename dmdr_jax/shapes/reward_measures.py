@@ -106,9 +106,9 @@ def verdict_metrics(cosines: np.ndarray, groups: Groups) -> dict[str, float]:
       cosines: `[g, m, c]`, every picture of the groups against every record.
 
     Returns:
-      `auc/KIND`: pictures of the kind that fail the group's prompt against all clean ones, each under its own
-      prompt; `pair/KIND`: the same against the clean picture of the same group; `auc/all`, `pair/all`; and the
-      mean scores `score/true`, `score/false`, `score/shuffled` (the clean picture under another group's prompt).
+      `auc/KIND`: pictures of the kind that fail their group's prompt against the clean ones of all groups that have
+      such a picture; `pair/KIND`: the same, but against the clean one of the same group; `auc/all`, `pair/all`; and
+      the mean scores `score/true`, `score/false`, `score/shuffled` (the clean picture under another group's prompt).
     """
     column = groups.prompt[:, None, None]
     scores = np.take_along_axis(cosines, column, 2)[..., 0]
@@ -118,8 +118,9 @@ def verdict_metrics(cosines: np.ndarray, groups: Groups) -> dict[str, float]:
     for k, kind in [*enumerate(KINDS), (-1, "all")]:
         chosen = fails & ((groups.kinds == k) | (k < 0))
         if kind != "clean" and chosen.any():
-            metrics[f"auc/{kind}"] = auc(clean, scores[chosen])
-            metrics[f"pair/{kind}"] = float((clean[np.nonzero(chosen)[0]] > scores[chosen]).mean())
+            partners = clean[np.nonzero(chosen)[0]]
+            metrics[f"auc/{kind}"] = auc(partners, scores[chosen])
+            metrics[f"pair/{kind}"] = float((partners > scores[chosen]).mean())
     metrics |= {"score/true": float(clean.mean()), "score/false": float(scores[fails].mean())}
     metrics["score/shuffled"] = float(cosines[np.arange(len(clean)), 0, np.roll(groups.prompt, 1)].mean())
     metrics["score/std"] = float(scores.std())

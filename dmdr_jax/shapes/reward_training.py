@@ -31,8 +31,8 @@ class Recipe:
       projection: width of the common space.
       hard_negatives: contrast with every caption and with changed and spoilt pictures; otherwise with clean
         pictures and captions of other words only.
-      replays, radius: free adversarial training: passes over a batch, and the L2 bound of the change to an image
-        (of 3 h w numbers in [0, 1]) that they share; 1 and 0 for none.
+      adversarial_steps: the share of the contrastive steps, the last ones, that train adversarially.
+      radius: L2 bound of the adversarial change to an image of 3 h w numbers in [0, 1].
       preference_steps: how many of the steps, as a share, fine-tune on preference pairs at the end.
       groups: groups of pictures in a batch.
       lr: peak learning rate.
@@ -43,21 +43,21 @@ class Recipe:
     layers: int
     projection: int
     hard_negatives: bool
-    replays: int = 1
+    adversarial_steps: float = 0.0
     radius: float = 0.0
     preference_steps: float = 0.0
     groups: int = 16
-    lr: float = 2e-3
+    lr: float = 1.5e-3
 
 
 RECIPES = {
-    "shapes_clip": Recipe(patch=8, width=80, layers=3, projection=48, hard_negatives=True, replays=3, radius=1.0),
+    "shapes_clip": Recipe(
+        patch=8, width=80, layers=3, projection=48, hard_negatives=True, adversarial_steps=0.4, radius=0.8
+    ),
     "shapes_hps": Recipe(
         patch=8, width=64, layers=2, projection=48, hard_negatives=False, preference_steps=0.4, groups=64
     ),
-    "shapes_judge": Recipe(
-        patch=4, width=64, layers=2, projection=32, hard_negatives=True, replays=3, radius=0.7, groups=10
-    ),
+    "shapes_judge": Recipe(patch=4, width=64, layers=2, projection=32, hard_negatives=True, groups=10),
 }
 
 TEXT_WIDTH, TEXT_LAYERS, HEADS = 64, 2, 4
@@ -183,13 +183,14 @@ def ball(change: Any, radius: float) -> Any:
 
 
 def train_contrastive(trainer: Trainer, groups: Any, steps: int) -> None:
-    """Trains `trainer.params` on batches of groups."""
+    """Trains `trainer.params` on batches of groups; adversarial steps see each batch as it is, then changed."""
     recipe = trainer.recipe
+    plain = round((1 - recipe.adversarial_steps) * steps)
     opt = optimiser(recipe.lr, steps)
     step, opt_state = contrastive_step(trainer, opt), opt.init(trainer.params)
     to_float = jax.jit(lambda key, x: augment(key, x.astype(jnp.float32) / 255))
     for i, bar in progress("contrastive", steps):
-        if i % recipe.replays == 0:
+        if i < plain or (i - plain) % 2 == 0:
             rows = np.random.default_rng((trainer.seed, i)).integers(0, len(groups.prompt), recipe.groups)
             pictures = groups.images[rows].reshape(-1, *groups.images.shape[2:])
             images = to_float(jax.random.fold_in(jax.random.key(trainer.seed), i), pictures)

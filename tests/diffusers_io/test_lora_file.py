@@ -169,7 +169,7 @@ def test_keys_and_layout_are_pefts(tmp_path, network):
         (pair("transformer_blocks.0.attn.to_qq", 2), "closest modules: transformer_blocks.0.attn.to_q"),
         (pair("transformer_blocks.0.attn.to_q", 2, out=8), "do not fit its weight"),
         (dict(list(pair("proj_out", 2).items())[:1]), "only lora_A"),
-        (pair("proj_out", 2) | {"text_encoder.x.lora_A.weight": np.zeros((2, 2), np.float32)}, "not of the transformer"),
+        (pair("proj_out", 2) | {"text_encoder.x.lora_A.weight": np.zeros(2, np.float32)}, "not of the transformer"),
         ({"transformer.proj_out.hada_w1": np.zeros((2, 2), np.float32)}, "names no LoRA factor"),
     ],
 )

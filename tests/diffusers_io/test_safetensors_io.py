@@ -178,7 +178,7 @@ def test_missing_shard_and_damaged_index(tmp_path):
 def test_folders_without_weights(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         io.weight_files(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no diffusion_pytorch_model.safetensors"):
+    with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
         io.weight_files(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="pickled"):

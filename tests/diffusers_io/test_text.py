@@ -29,7 +29,8 @@ def encode_both(folder, length):
         embeds, _, pooled, _ = pipe.encode_prompt(
             tiny_pipelines.PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=length
         )
-    pipeline = load_pipeline(folder, ["text_encoder", "text_encoder_2", "text_encoder_3"][: 3 if pipe.text_encoder_3 else 2])
+    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    pipeline = load_pipeline(folder, encoders if pipe.text_encoder_3 else encoders[:2])
     ids = text.tokenize(pipeline, tiny_pipelines.PROMPTS, length)
     encode = jax.jit(functools.partial(text.encode, pipeline.modules, max_sequence_length=length))
     return embeds.numpy(), pooled.numpy(), encode(pipeline.params, ids)
@@ -60,7 +61,9 @@ def test_the_one_token_gives_the_transformers_output(folders):
     times = np.array([1000.0, 500.0, 20.0], np.float32)
     with torch.no_grad():
         theirs = pipe.transformer(
-            torch.from_numpy(latents).permute(0, 3, 1, 2), torch.from_numpy(embeds), torch.from_numpy(pooled),
+            torch.from_numpy(latents).permute(0, 3, 1, 2),
+            torch.from_numpy(embeds),
+            torch.from_numpy(pooled),
             torch.from_numpy(times),
         ).sample.permute(0, 2, 3, 1)
     pipeline = load_pipeline(folders["sd3_no_t5"], ["transformer"])

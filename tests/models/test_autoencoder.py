@@ -67,8 +67,8 @@ def torch_value_and_grad(function, x: np.ndarray, cotangent: np.ndarray):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def jax_value_and_grad(function, x: np.ndarray, cotangent: np.ndarray):
-    y, pullback = jax.vjp(function, x)
+def jax_value_and_grad(function, params, x: np.ndarray, cotangent: np.ndarray):
+    y, pullback = jax.vjp(functools.partial(function, params), x)
     return y, pullback(cotangent)[0]
 
 
@@ -97,20 +97,20 @@ def test_matches_diffusers(variant):
     ours, params, theirs = build(config)
     channels, factor = config["latent_channels"], ours.config.downsampling
 
-    def encode(x):
+    def encode(params, x):
         return jnp.concatenate(ours.apply({"params": params}, x, method="encode"), axis=-1)
 
     def torch_encode(x):
         moments = theirs.encode(x).latent_dist
         return torch.cat([moments.mean, moments.logvar], dim=1)
 
-    def decode(z):
+    def decode(params, z):
         return ours.apply({"params": params}, z, method="decode")
 
     images = noise(0, 2, height, width, 3)
     latent_shape = (2, height // factor, width // factor)
     cotangent = noise(1, *latent_shape, 2 * channels)
-    value, grad = jax_value_and_grad(encode, images, cotangent)
+    value, grad = jax_value_and_grad(encode, params, images, cotangent)
     expected, expected_grad = torch_value_and_grad(torch_encode, images, cotangent)
     assert relative_error(value, expected) < TOLERANCE
     assert relative_error(grad, expected_grad) < TOLERANCE

@@ -137,7 +137,9 @@ def test_pooling_rule(eos):
 def test_whole_clip_matches_transformers(act):
     import transformers
 
-    settings = dict(projection_dim=14, text_config=TEXT | {"hidden_act": act}, vision_config=VISION | {"hidden_act": act})
+    settings = dict(
+        projection_dim=14, text_config=TEXT | {"hidden_act": act}, vision_config=VISION | {"hidden_act": act}
+    )
     theirs = randomise(transformers.CLIPModel(transformers.CLIPConfig(**settings)))
     theirs.logit_scale.data.fill_(1.7)
     ours = Clip(ClipConfig.from_diffusers(settings), remat=act == "gelu")

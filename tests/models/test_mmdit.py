@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.mmdit import BUFFERS, MMDiT, MMDiTConfig, block_runs
-from torch_weights import abstract_params, from_torch, randomise
+from tests.torch_weights import abstract_params, from_torch, randomise
 
 SHAPE = {
     "sample_size": 16,

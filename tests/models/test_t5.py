@@ -29,7 +29,9 @@ def relative_error(value, expected: torch.Tensor) -> float:
     return float(np.linalg.norm(np.asarray(value) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize(("changes", "batch", "n"), [({}, 2, 27), ({"num_layers": 1, "layer_norm_epsilon": 1e-3}, 3, 5)])
+@pytest.mark.parametrize(
+    ("changes", "batch", "n"), [({}, 2, 27), ({"num_layers": 1, "layer_norm_epsilon": 1e-3}, 3, 5)]
+)
 def test_matches_transformers(changes, batch, n):
     import transformers
 

@@ -1,0 +1,37 @@
+"""Writes one self-contained page about a run: pictures, curves, the table, and what the numbers say.
+
+    python -m dmdr_jax.report runs/mine --evaluation runs/mine/evaluation --out report.html
+
+Works while the run trains, and without an evaluation (then without table and verdict).
+"""
+
+import argparse
+from typing import Any
+
+from dmdr_jax import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.make_parser(__doc__)
+    p.add_argument("run", help="workdir of the run")
+    p.add_argument("--evaluation", help="folder that python -m dmdr_jax.evaluate wrote")
+    p.add_argument("--out", default="report.html", help="the page (default: report.html)")
+    return p
+
+
+def main(args: Any) -> None:
+    from pathlib import Path
+
+    from dmdr_jax.errors import UserError
+    from dmdr_jax.evaluation.report import write_report
+
+    out = Path(args.out)
+    try:
+        write_report(Path(args.run), Path(args.evaluation) if args.evaluation else None, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}.") from None
+    print(out)
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

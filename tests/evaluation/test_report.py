@@ -1,0 +1,208 @@
+"""The page: it loads nothing, says what the numbers say, and is there at any time of a run."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmdr_jax.errors import UserError
+from dmdr_jax.evaluation.curves import Series, line_chart, series_of, smooth, thin, ticks
+from dmdr_jax.evaluation.report import joint_start, write_report
+from dmdr_jax.evaluation.results import Column
+from dmdr_jax.evaluation.table import Estimate
+from dmdr_jax.evaluation.verdict import caution, finding, findings, primary_column
+from tests.evaluation.sample_results import write_results
+
+REWARD = {"path": "shapes:rewards/shapes_clip", "weight": 0.5, "start": 100, "ramp": 20}
+CONFIG = {
+    "model": "shapes:sd3",
+    "steps": 300,
+    "batch": 32,
+    "seed": 30,
+    "student": {"steps": 4},
+    "generator": {"kind": "full"},
+    "rewards": {"shapes_clip": REWARD, "unused": {**REWARD, "weight": 0.0, "start": 0}},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run <1>"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": CONFIG, "versions": {"jax": "1"}, "devices": ["cpu:0"]}))
+    rows = [
+        {"step": i, "dm/score_gap": 1 / i, "fake/loss": 0.5, **({"reward/shapes_clip": i / 300} if i > 100 else {})}
+        for i in range(1, 201)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("teacher", "student_000050", "student_000100"):
+        Image.fromarray(np.zeros((34, 34, 3), np.uint8)).save(folder / "samples" / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_results(folder, {"teacher": 0.7, "teacher4": 0.3, "student": 0.6})
+    return folder
+
+
+def page(run, evaluation, tmp_path):
+    write_report(run, evaluation, tmp_path / "report.html")
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_loads_nothing_from_elsewhere(run, evaluation, tmp_path):
+    html = page(run, evaluation, tmp_path)
+    loads = re.findall(r"""(?:src|href|srcset|data|action)\s*=\s*["']([^"']*)""", html)
+    assert loads
+    assert all(load.startswith("data:image/png;base64,") for load in loads)
+    assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe", html)
+    assert "default-src 'none'" in html
+
+
+def test_page_shows_pictures_curves_table_and_commands(run, evaluation, tmp_path):
+    html = page(run, evaluation, tmp_path)
+    assert html.count('class="card"') > 20  # up to four prompts of each of six tasks; some have fewer
+    assert html.count('class="small') >= 3 * html.count('class="card"')
+    assert html.count("<svg") == 3
+    assert html.count("rewards set in") == 3
+    assert re.search(r"<td>student</td><td>2</td>.*0\.\d+ <small>±0\.\d+</small>", html)
+    for program in ("train", "sample", "export", "evaluate", "report"):
+        assert f"python -m dmdr_jax.{program}" in html
+    assert "run &lt;1&gt;" in html
+    assert "run <1>" not in html
+
+
+def test_page_marks_decided_differences(run, evaluation, tmp_path):
+    html = page(run, evaluation, tmp_path)
+    student = re.search(r"<td>student</td>.*?</tr>", html)[0]
+    assert "▲" in student
+    assert "▼" not in student
+    assert "▲" not in re.search(r"<td>teacher4</td>.*?</tr>", html)[0]
+
+
+def test_page_without_evaluation(run, tmp_path):
+    html = page(run, None, tmp_path)
+    assert "200 / 300" in html
+    assert "<h2>Verdict" not in html
+    assert "<h2>Table" not in html
+    assert "student at step 100" in html
+
+
+def test_page_of_a_run_that_just_began(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": CONFIG}))
+    html = page(tmp_path, None, tmp_path)
+    assert "0 / 300" in html
+    assert "No step is written yet" in html
+
+
+def test_no_run_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        write_report(tmp_path, None, tmp_path / "report.html")
+
+
+def test_half_written_preview_is_left_out(run, tmp_path):
+    (run / "samples" / "student_000100.png").write_bytes(b"\x89PNG")
+    assert "student at step 100" not in page(run, None, tmp_path)
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def test_verdict_both_ways(evaluation, tmp_path):
+    good = write_results(tmp_path / "good", {"teacher": 0.7, "teacher4": 0.3, "student": 0.6})
+    outcomes = {f.other: f.outcome for f in findings(good)}
+    assert outcomes["teacher4"] == "better"
+    bad = write_results(tmp_path / "bad", {"teacher": 0.7, "teacher4": 0.6, "student": 0.2})
+    assert {f.outcome for f in findings(bad)} == {"worse"}
+    same = write_results(tmp_path / "same", {"teacher": 0.61, "teacher4": 0.6, "student": 0.6})
+    assert {f.outcome for f in findings(same)} == {"undecided"}
+
+
+def test_findings_name_both_models_and_their_cost(evaluation, tmp_path):
+    results = write_results(tmp_path, {"teacher": 0.7, "teacher4": 0.3, "student": 0.6})
+    first, second = findings(results)
+    assert (first.other, second.other) == ("teacher4", "teacher")
+    assert first.text.startswith("student (2 steps, 2 NFE) against teacher4 (2 steps, 2 NFE): better")
+
+
+def model(strict, reward=0.0, entropy=1.0, **differences):
+    summary = {"strict": strict, "reward/r": reward, "color_entropy": entropy}
+    return {
+        "name": "m",
+        "grid": [1.0, 0.0],
+        "nfe": 1,
+        "summary": {k: Estimate(v, 0.01, 9) for k, v in summary.items()},
+        "differences": {"o": {k.replace("__", "/"): Estimate(v, 0.01, 9) for k, v in differences.items()}},
+    }
+
+
+COLUMNS = [Column("strict", "strict", 1), Column("reward/r", "r", 1), Column("color_entropy", "color", 1)]
+OTHER = {**model(0.6), "name": "o"}
+
+
+@pytest.mark.parametrize(
+    ("strict", "reward", "entropy", "hacked"),
+    [(-0.1, 0.1, 1.0, True), (0.1, 0.1, 1.0, False), (0.0, 0.1, 0.3, True), (-0.1, 0.0, 1.0, False)],
+)
+def test_reward_hacking_is_called_by_its_name(strict, reward, entropy, hacked):
+    student = model(0.6 + strict, reward, entropy, strict=strict, reward__r=reward, color_entropy=entropy - 1)
+    assert ("reward hacking" in finding(COLUMNS, student, OTHER).text) == hacked
+
+
+def test_a_weak_teacher_is_a_caution():
+    assert "0.300" in caution({"models": [model(0.3)]})
+    assert caution({"models": [model(0.6)]}) == ""
+
+
+def test_what_decides_where_there_is_no_verifier():
+    reward, judge = Column("reward/a", "a", 1), Column("judge/b", "b", 1)
+    assert primary_column([reward, judge]) is judge
+    assert primary_column([reward]) is reward
+    assert primary_column([]) is None
+
+
+# --- curves --------------------------------------------------------------------------------------------------------
+
+
+def test_series_leave_out_what_was_not_logged():
+    rows = [{"step": 1, "a": 1.0}, {"step": 2, "a": None, "b": 5.0}, {"step": 3, "a": 2.0}]
+    a, b = series_of(rows, {"a": "A", "b": "B", "c": "C"})
+    assert (a.name, a.steps.tolist(), a.values.tolist()) == ("A", [1, 3], [1, 2])
+    assert b.steps.tolist() == [2]
+
+
+def test_smoothing_keeps_straight_lines_and_levels_noise():
+    line = np.linspace(0, 1, 200)
+    assert np.allclose(smooth(line), line)
+    noise = np.random.default_rng(0).normal(size=2000)
+    assert smooth(noise).std() < 0.2 * noise.std()
+
+
+def test_thinning_keeps_the_mean():
+    x = np.arange(10_000.0)
+    thinned = thin(Series("x", x, x))
+    assert len(thinned.steps) == 400
+    assert thinned.values.mean() == pytest.approx(x.mean())
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0, 1) == [0, 0.5, 1] or ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert ticks(-3, 307, 6) == [0, 100, 200, 300]
+    assert all(0.013 <= t <= 0.019 for t in ticks(0.013, 0.019))
+
+
+@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [0.0, 1.0, -1.0]])
+def test_chart_of_any_curve_is_finite(values):
+    svg = line_chart([Series("x", np.arange(len(values)) + 1.0, np.array(values))], "x", (1, "here"))
+    assert "nan" not in svg
+    assert "inf" not in svg
+    assert "here" in svg
+
+
+def test_joint_stage_starts_with_the_first_reward_that_counts():
+    assert joint_start(CONFIG) == 100
+    assert joint_start({"rewards": {}}) is None
