@@ -127,11 +127,11 @@ def test_the_override_to_blame_is_named(config_file):
 
 
 def test_files_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(UserError, match="absent.py does not exist"):
+    with pytest.raises(UserError, match=r"absent\.py does not exist"):
         cli.load_config(str(tmp_path / "absent.py"))
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return undefined\n")
-    with pytest.raises(UserError, match="cannot load config .*broken.py: NameError: name 'undefined' is not defined"):
+    with pytest.raises(UserError, match=r"cannot load config .*broken\.py: NameError: name 'undefined' is not defined"):
         cli.load_config(str(broken))
 
 

@@ -1,7 +1,5 @@
 """What a reward of the embedded world is worth, on prompts and pictures that it was not trained on."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,8 @@ from dmdr_jax.shapes import rewards
 from dmdr_jax.shapes.reward_data import KINDS, Groups, all_world_records, make_groups
 from dmdr_jax.shapes.reward_training import EQUAL_SHARE, WORSE_KINDS, Trainer, unit_images
 from dmdr_jax.shapes.verifier import judge
+
+Array = jax.Array
 
 TEST_GROUPS, TEST_SEED = 400, 10_000
 REPAIR_STEPS, REPAIR_STEP = 40, 0.4
@@ -29,7 +29,7 @@ def measure(trainer: Trainer, seed: int = TEST_SEED) -> dict[str, float]:
     return metrics
 
 
-def repair_metrics(trainer: Trainer, groups: Any, count: int = 256) -> dict[str, float]:
+def repair_metrics(trainer: Trainer, groups: Groups, count: int = 256) -> dict[str, float]:
     """What climbing the score does to wrong pictures: verdicts and scores before and after steps on the pixels.
 
     REPAIR_STEPS steps of L2 length REPAIR_STEP along the gradient, kept in [0, 1]. An informative reward makes
@@ -42,13 +42,13 @@ def repair_metrics(trainer: Trainer, groups: Any, count: int = 256) -> dict[str,
     vision, text = split_params(trainer.params)
     features = embed_texts(trainer.text, text, trainer.ids[groups.prompt[wrong[:, 0]]])
 
-    def total(images: Any) -> Any:
+    def total(images: Array) -> tuple[Array, Array]:
         scores = (embed_images(trainer.vision, trainer.preprocess, vision, images) * features).sum(-1)
         return scores.sum(), scores
 
     @jax.jit
-    def climb(images: Any) -> Any:
-        def one(images: Any, _: Any) -> Any:
+    def climb(images: Array) -> tuple[Array, Array]:
+        def one(images: Array, _: None) -> tuple[Array, Array]:
             uphill, scores = jax.grad(total, has_aux=True)(images)
             return jnp.clip(images + REPAIR_STEP * unit_images(uphill), 0.0, 1.0), scores.mean()
 
@@ -64,7 +64,7 @@ def repair_metrics(trainer: Trainer, groups: Any, count: int = 256) -> dict[str,
     return metrics | {"repair/score_before": float(scores[0]), "repair/score": float(total(end)[1].mean())}
 
 
-def taste_metrics(trainer: Trainer, groups: Any, seed: int) -> dict[str, float]:
+def taste_metrics(trainer: Trainer, groups: Groups, seed: int) -> dict[str, float]:
     """Pair accuracies: `unbiased` (same saturation), `better_saturated`, `worse_saturated`; and `taste`.
 
     `taste` is how often, of two right pictures, the more saturated one scores higher; .5 is no taste.
@@ -73,7 +73,7 @@ def taste_metrics(trainer: Trainer, groups: Any, seed: int) -> dict[str, float]:
     vision, text = split_params(trainer.params)
     features = embed_texts(trainer.text, text, trainer.ids[pairs.prompt])
 
-    def scores(images: Any, factor: float) -> Any:
+    def scores(images: np.ndarray, factor: float) -> np.ndarray:
         shown = rewards.saturate(jnp.asarray(images, jnp.float32) / 255, jnp.full(len(images), factor))
         return np.asarray((embed_images(trainer.vision, trainer.preprocess, vision, shown) * features).sum(-1))
 

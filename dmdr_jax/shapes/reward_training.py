@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from dmdr_jax.diffusers_io.safetensors_io import write_text, write_tree
 from dmdr_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from dmdr_jax.rewards.clip_reward import Preprocessing, embed_images, embed_texts, split_params, towers
 from dmdr_jax.shapes import prompts, rewards
-from dmdr_jax.shapes.reward_data import PICTURE_KINDS, SCENE_KINDS, all_world_records, make_groups
+from dmdr_jax.shapes.reward_data import PICTURE_KINDS, SCENE_KINDS, Groups, all_world_records, make_groups
 from dmdr_jax.shapes.tokenizer import make_tokenizers, save_tokenizer
-from dmdr_jax.shapes.world import get_world
+from dmdr_jax.shapes.world import World, get_world
+
+Array = jax.Array
+Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ PREFERENCE_SCALE = 20.0
 PREFERENCE_LR = 0.25  # of the peak learning rate
 
 
-def clip_config(recipe: Recipe, vocabulary: int, image_size: int, context: int) -> "ClipConfig":
+def clip_config(recipe: Recipe, vocabulary: int, image_size: int, context: int) -> ClipConfig:
     """The network of a recipe; the end token is the last of the vocabulary."""
     vision = ClipVisionConfig(
         hidden_size=recipe.width,
@@ -98,8 +101,8 @@ def clip_config(recipe: Recipe, vocabulary: int, image_size: int, context: int) 
 class Trainer:
     """A CLIP over all captions of a world."""
 
-    def __init__(self, recipe: Recipe, world: Any, steps: int, seed: int):
-        self.recipe, self.world, self.steps, self.seed = recipe, world, steps, seed
+    def __init__(self, recipe: Recipe, world: World, seed: int):
+        self.recipe, self.world, self.seed = recipe, world, seed
         records = all_world_records(world)
         self.captions = [record["prompt"] for record in records]
         self.trained = np.array([not prompts.is_held_out(world, record) for record in records])
@@ -116,12 +119,12 @@ class Trainer:
         self.params = jax.jit(Clip(self.config).init)(jax.random.key(seed, impl="rbg"), self.ids[:1], images)["params"]
         self._cosines = jax.jit(self.cosines)
 
-    def cosines(self, params: Any, images: Any, ids: Any) -> Any:
+    def cosines(self, params: Params, images: Array, ids: Array) -> Array:
         """Cosines `[b, c]` of images `[b, h, w, 3]` in [0, 1] with the captions `[c, n]`."""
         vision, text = split_params(params)
         return embed_images(self.vision, self.preprocess, vision, images) @ embed_texts(self.text, text, ids).T
 
-    def group_cosines(self, groups: Any, batch: int = 512) -> Any:
+    def group_cosines(self, groups: Groups, batch: int = 512) -> np.ndarray:
         """Cosines of every picture of the groups with every caption, `[g, m, c]`, on the host."""
         flat = groups.images.reshape(-1, *groups.images.shape[2:])
         parts = (flat[i : i + batch] / np.float32(255) for i in range(0, len(flat), batch))
@@ -129,13 +132,13 @@ class Trainer:
         return np.concatenate(rows).reshape(*groups.images.shape[:2], -1)
 
 
-def optimiser(lr: float, steps: int) -> Any:
+def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
     """AdamW with warm-up and cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, steps // 10 + 1), steps + 1, 0.02 * lr)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
 
 
-def augment(key: Any, images: Any) -> Any:
+def augment(key: Array, images: Array) -> Array:
     """A little noise and a shift by at most one pixel, which leave every verdict as it is."""
     key_shift, key_noise, key_level = jax.random.split(key, 3)
     b, size = images.shape[:2]
@@ -146,7 +149,7 @@ def augment(key: Any, images: Any) -> Any:
     return jnp.clip(cut(padded, shifts) + level * jax.random.normal(key_noise, images.shape), 0.0, 1.0)
 
 
-def contrastive_step(trainer: Trainer, opt: Any) -> Callable:
+def contrastive_step(trainer: Trainer, opt: optax.GradientTransformation) -> Callable:
     """A compiled ``(params, opt_state, images, change, positive, negative) -> (params, opt_state, change, loss)``.
 
     `change` `[b, h, w, 3]` is added to the images and then moved up the loss within the recipe's L2 ball, at no
@@ -156,12 +159,12 @@ def contrastive_step(trainer: Trainer, opt: Any) -> Callable:
     ids = trainer.ids[columns]
     radius = trainer.recipe.radius
 
-    def loss_fn(params: Any, change: Any, images: Any, positive: Any, negative: Any) -> Any:
+    def loss_fn(params: Params, change: Array, images: Array, positive: Array, negative: Array) -> Array:
         scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(MAX_SCALE)))
         cosines = trainer.cosines(params, images + change, ids)
         return rewards.contrastive_loss(cosines, scale, positive, negative)
 
-    def step(params: Any, opt_state: Any, images: Any, change: Any, positive: Any, negative: Any) -> Any:
+    def step(params: Params, opt_state: Any, images: Array, change: Array, positive: Array, negative: Array) -> tuple:
         loss, (grads, uphill) = jax.value_and_grad(loss_fn, (0, 1))(params, change, images, positive, negative)
         updates, opt_state = opt.update(grads, opt_state, params)
         change = ball(change + radius * unit_images(uphill), radius)
@@ -171,18 +174,18 @@ def contrastive_step(trainer: Trainer, opt: Any) -> Callable:
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def unit_images(images: Any) -> Any:
+def unit_images(images: Array) -> Array:
     """Each image `[b, h, w, 3]` divided by its L2 norm."""
     return images / jnp.maximum(jnp.sqrt((images**2).sum((1, 2, 3), keepdims=True)), 1e-12)
 
 
-def ball(change: Any, radius: float) -> Any:
+def ball(change: Array, radius: float) -> Array:
     """Each change `[b, h, w, 3]` cut to L2 norm `radius`."""
     norm = jnp.sqrt((change**2).sum((1, 2, 3), keepdims=True))
     return change * jnp.minimum(1.0, radius / jnp.maximum(norm, 1e-12))
 
 
-def train_contrastive(trainer: Trainer, groups: Any, steps: int) -> None:
+def train_contrastive(trainer: Trainer, groups: Groups, steps: int) -> None:
     """Trains `trainer.params` on batches of groups; adversarial steps see each batch as it is, then changed."""
     recipe = trainer.recipe
     plain = round((1 - recipe.adversarial_steps) * steps)
@@ -202,12 +205,12 @@ def train_contrastive(trainer: Trainer, groups: Any, steps: int) -> None:
         report(bar, i, loss)
 
 
-def train_preference(trainer: Trainer, pairs: Any, steps: int) -> None:
+def train_preference(trainer: Trainer, pairs: rewards.Pairs, steps: int) -> None:
     """Fine-tunes `trainer.params` on biased, noisy preferences, as HPSv2 was on people's."""
     batch = trainer.recipe.groups
     opt = optimiser(PREFERENCE_LR * trainer.recipe.lr, steps)
 
-    def loss_fn(params: Any, preferred: Any, rejected: Any, prompt: Any) -> Any:
+    def loss_fn(params: Params, preferred: Array, rejected: Array, prompt: Array) -> Array:
         vision, text = split_params(params)
         wanted = embed_texts(trainer.text, text, trainer.ids[prompt])
         shown = embed_images(trainer.vision, trainer.preprocess, vision, jnp.concatenate([preferred, rejected]))
@@ -215,7 +218,7 @@ def train_preference(trainer: Trainer, pairs: Any, steps: int) -> None:
         return rewards.preference_loss(better, worse, PREFERENCE_SCALE)
 
     @jax.jit
-    def step(params: Any, opt_state: Any, key: Any, better: Any, worse: Any, prompt: Any) -> Any:
+    def step(params: Params, opt_state: Any, key: Array, better: Array, worse: Array, prompt: Array) -> tuple:
         key_pair, key_augment = jax.random.split(key)
         both = augment(key_augment, jnp.concatenate([better, worse]).astype(jnp.float32) / 255)
         preferred, rejected = rewards.biased_pair(key_pair, *jnp.split(both, 2), bias=BIAS, noise=LABEL_NOISE)
@@ -232,14 +235,14 @@ def train_preference(trainer: Trainer, pairs: Any, steps: int) -> None:
         report(bar, i, loss)
 
 
-def progress(name: str, steps: int) -> Any:
+def progress(name: str, steps: int) -> Iterator[tuple[int, tqdm]]:
     """Step numbers with a bar that shows rate and time left."""
     bar = tqdm(range(steps), desc=name, mininterval=5)
     for i in bar:
         yield i, bar
 
 
-def report(bar: Any, i: int, loss: Any) -> None:
+def report(bar: tqdm, i: int, loss: Array) -> None:
     """Shows the loss now and then; reading it waits for the device."""
     if i % 50 == 49:
         bar.set_postfix(loss=f"{float(loss):.4f}")
@@ -274,7 +277,7 @@ def save(trainer: Trainer, folder: Path) -> None:
 def train(name: str, world_name: str, steps: int, seed: int, pool: int) -> Trainer:
     """Trains the reward `name` from `pool` groups of pictures of a world."""
     recipe, world = RECIPES[name], get_world(world_name)
-    trainer = Trainer(recipe, world, steps, seed)
+    trainer = Trainer(recipe, world, seed)
     preference_steps = round(recipe.preference_steps * steps)
     started = time.monotonic()
     shown = {} if recipe.hard_negatives else {"scene_kinds": (), "picture_kinds": ()}

@@ -11,7 +11,6 @@ written, so a kill or a full disk at any moment leaves the checkpoints before it
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.training import disk
 
 Tree = Any
 Meta = dict[str, Any]
@@ -31,8 +31,6 @@ Meta = dict[str, Any]
 FORMAT = 1
 FOLDER = "checkpoints"  # of a workdir
 _STATE, _META = "state", "meta"  # items of a step
-_FULL_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-_FULL_DISK_TEXTS = ("no space left on device", "disk quota exceeded")
 
 
 class Checkpoints:
@@ -55,7 +53,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,  # what a killed run left half written
         )
-        with _disk_errors(self.directory):
+        with self._writing():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saved = self.latest()
 
@@ -78,7 +76,7 @@ class Checkpoints:
             return
         document = {"format": FORMAT, "meta": meta or {}, "leaves": _leaf_table(state)}
         items = {_STATE: ocp.args.StandardSave(state), _META: ocp.args.JsonSave(document)}
-        with _disk_errors(self.directory):
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saved = step
 
@@ -111,13 +109,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything started is on disk. Raises UserError when the disk is full."""
-        with _disk_errors(self.directory):
+        with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for what is being saved, then let go of the directory."""
-        with _disk_errors(self.directory):
+        with self._writing():
             self._manager.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return disk.writing(f"save a checkpoint in {self.directory}", self._kept)
+
+    def _kept(self) -> str:
+        step = self.latest()
+        return "no checkpoint was finished yet" if step is None else f"the checkpoint of step {step} is whole"
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -126,9 +131,7 @@ class Checkpoints:
         self.close()
 
 
-def load_trained(
-    path: epath.PathLike, fields: Sequence[str] = ("generator", "ema")
-) -> tuple[dict[str, Tree], Meta]:
+def load_trained(path: epath.PathLike, fields: Sequence[str] = ("generator", "ema")) -> tuple[dict[str, Tree], Meta]:
     """Trained trees on the host, for export and sampling; no abstract state is needed.
 
     Args:
@@ -252,11 +255,15 @@ def _first_difference(ours: Any, theirs: Any, key: str) -> tuple[str, str, str] 
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in [*ours, *(name for name in theirs if name not in ours)]:
             if name not in ours or name not in theirs:
-                return (f"{key}.{name}", *(json.dumps(d[name]) if name in d else "absent" for d in (ours, theirs)))
+                return f"{key}.{name}", _shown(ours, name), _shown(theirs, name)
             if difference := _first_difference(ours[name], theirs[name], f"{key}.{name}"):
                 return difference
         return None
     return None if ours == theirs else (key, json.dumps(ours), json.dumps(theirs))
+
+
+def _shown(mapping: dict, name: str) -> str:
+    return json.dumps(mapping[name]) if name in mapping else "absent"
 
 
 def _check_leaves(folder: epath.Path, saved: dict[str, list], abstract: Tree) -> None:
@@ -313,33 +320,3 @@ def _damage_message(folder: epath.Path, why: str) -> str:
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip() or type(error).__name__).split("\n")[0]
     return line if len(line) <= 160 else line[:160] + "..."
-
-
-@contextlib.contextmanager
-def _disk_errors(directory: epath.Path) -> Iterator[None]:
-    """Turn a disk that cannot be written into a UserError, however deep in Orbax's threads it was met."""
-    try:
-        yield
-    except Exception as error:
-        why = _why_not_written(error)
-        if why is None:
-            raise
-        steps = _finished_steps(directory)
-        kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint was finished yet"
-        mend = "make room" if why in _FULL_DISK.values() else "mend that"
-        raise UserError(
-            f"cannot save a checkpoint in {directory}: {why}; {kept}, so {mend} and run the same command again"
-        ) from error
-
-
-def _why_not_written(error: BaseException | None) -> str | None:
-    """The reason, when `error` or one of its causes came from the file system."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError):
-            return _FULL_DISK.get(error.errno or 0) or _first_line(error)
-        if any(text in str(error).lower() for text in _FULL_DISK_TEXTS):
-            return _FULL_DISK[errno.ENOSPC]
-        error = error.__cause__ or error.__context__
-    return None

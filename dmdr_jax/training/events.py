@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+import pathlib
+import platform
 import sys
 import time
 import types
@@ -19,7 +21,7 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
 _REPLACED = "clu.metric_writers.summary_writer"
@@ -28,8 +30,6 @@ _stand_in.SummaryWriter = lambda logdir: EventWriter(logdir)  # type: ignore[att
 sys.modules.setdefault(_REPLACED, _stand_in)
 
 from clu import metric_writers  # noqa: E402
-
-FLUSH_SECONDS = 10
 
 
 class EventWriter(metric_writers.MetricWriter):
@@ -43,9 +43,13 @@ class EventWriter(metric_writers.MetricWriter):
 
     def __init__(self, logdir: str | os.PathLike, start_step: int = 0):
         super().__init__()
-        self._file = EventFileWriter(os.fspath(logdir), flush_secs=FLUSH_SECONDS)
-        start = SessionLog(status=SessionLog.START)
-        self._file.add_event(Event(wall_time=time.time(), step=start_step, session_log=start))
+        # Two runs in one folder get names of their own, in the order they were started.
+        folder = pathlib.Path(logdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"events.out.tfevents.{time.time_ns() // 1000:017d}.{platform.node()}.{os.getpid()}"
+        self._records = RecordWriter(open(path, "wb"))  # noqa: SIM115
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=start_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         self._write(step, [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()])
@@ -87,13 +91,18 @@ class EventWriter(metric_writers.MetricWriter):
         raise NotImplementedError("EventWriter writes no histograms")
 
     def flush(self) -> None:
-        self._file.flush()
+        self._records.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self._records.close()
 
     def _write(self, step: int, values: list[Summary.Value]) -> None:
-        self._file.add_event(Event(wall_time=time.time(), step=int(step), summary=Summary(value=values)))
+        self._add(Event(step=int(step), summary=Summary(value=values)))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
 
 
 def _png(image: np.ndarray) -> Summary.Image:

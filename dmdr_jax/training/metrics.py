@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.training import disk
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -38,15 +40,13 @@ class MetricWriter:
         # clu is imported here, so that reading metrics back costs nothing.
         from dmdr_jax.training.events import EventWriter, metric_writers
 
-        workdir = pathlib.Path(workdir)
+        self._workdir = workdir = pathlib.Path(workdir)
         first = 0 if resume_step is None else resume_step + 1
-        try:
+        with self._writing():
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_lines(workdir / METRICS_FILE, first)
-            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")
+            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
             self._events = metric_writers.AsyncMultiWriter([EventWriter(workdir / EVENTS_FOLDER, first)])
-        except OSError as error:
-            raise UserError(f"cannot write metrics in {workdir}: {error.strerror}; mend that or name another") from error
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers (or arrays of one element) of one step. Raises UserError when the disk is full."""
@@ -54,12 +54,10 @@ class MetricWriter:
             return
         numbers = {name: float(np.asarray(value).item()) for name, value in values.items()}
         line = json.dumps({"step": int(step), **{k: v if math.isfinite(v) else None for k, v in numbers.items()}})
-        try:
+        with self._writing():
             self._file.write(line + "\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._file.name}: {error.strerror}; make room and run again") from error
-        self._events.write_scalars(int(step), numbers)
+            self._events.write_scalars(int(step), numbers)
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Write pictures, uint8 [h, w, 3] each, for TensorBoard."""
@@ -69,23 +67,30 @@ class MetricWriter:
         for name, array in arrays.items():
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
                 raise ValueError(f"image {name!r} must be uint8 [h, w, 3], not {array.dtype} {list(array.shape)}")
-        self._events.write_images(int(step), arrays)
+        with self._writing():
+            self._events.write_images(int(step), arrays)
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
         """Write Markdown for TensorBoard."""
         if self._primary:
-            self._events.write_texts(int(step), dict(values))
+            with self._writing():
+                self._events.write_texts(int(step), dict(values))
 
     def flush(self) -> None:
         """Return when everything is handed to the file system."""
         if self._primary:
-            self._events.flush()
+            with self._writing():
+                self._events.flush()
 
     def close(self) -> None:
         """Flush and close both files; a second call does nothing."""
         if self._primary and not self._file.closed:
-            self._file.close()
-            self._events.close()
+            with self._writing():
+                self._file.close()
+                self._events.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return disk.writing(f"write metrics in {self._workdir}")
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -153,7 +158,8 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """`step` steps are done; `metrics` are the latest numbers, on the host already."""
-        shown = " ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in self._show if name in (metrics or {}))
+        metrics = metrics or {}
+        shown = " ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in self._show if name in metrics)
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._step)

@@ -118,7 +118,10 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{_mib(self.total)} in all, {_mib(self.per_device)} per device, {_mib(self.whole)} kept whole"
-        return f"{text} (largest: {self.largest_whole[0]}, {_mib(self.largest_whole[1])})" if self.largest_whole else text
+        if self.largest_whole is None:
+            return text
+        name, size = self.largest_whole
+        return f"{text} (largest: {name}, {_mib(size)})"
 
 
 def report(tree: Tree, shardings: Tree) -> Report:

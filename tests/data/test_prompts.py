@@ -1,6 +1,7 @@
 """Prompt sources, their errors, and the stateless order."""
 
 import collections
+import itertools
 import json
 import os
 import subprocess
@@ -48,11 +49,11 @@ def test_prompt_field_wins_over_later_names(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
 
     path = str(tmp_path / "p.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "caption": PROMPTS}), path)
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "caption": PROMPTS}), path)
     assert load_prompts(path) == PROMPTS
     assert read_eval_records(path)[1] == {"id": 2, "caption": PROMPTS[1], "prompt": PROMPTS[1]}
 
@@ -116,9 +117,9 @@ def test_tfds_array_record_without_tensorflow(tmp_path):
 
 
 def test_missing_file_and_unknown_kind(tmp_path):
-    with pytest.raises(UserError, match="absent.txt does not exist"):
+    with pytest.raises(UserError, match=r"absent\.txt does not exist"):
         load_prompts(str(tmp_path / "absent.txt"))
-    with pytest.raises(UserError, match=".txt, .jsonl, .json, .parquet"):
+    with pytest.raises(UserError, match=r"\.txt, \.jsonl, \.json, \.parquet"):
         load_prompts(write(tmp_path / "p.csv", "a"))
     with pytest.raises(UserError, match="cannot read prompts"):
         load_prompts(str(tmp_path))
@@ -160,11 +161,11 @@ def test_malformed_records(tmp_path, name, text, message):
 
 
 def test_parquet_without_a_prompt_column(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
 
     path = str(tmp_path / "p.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"title": PROMPTS}), path)
+    parquet.write_table(pyarrow.table({"title": PROMPTS}), path)
     with pytest.raises(UserError, match="no prompt field"):
         load_prompts(path)
 
@@ -197,7 +198,7 @@ def test_every_epoch_visits_every_prompt_once(n, batch):
     stream = PromptStream([str(i) for i in range(n)], batch, seed=1)
     batches = [stream.batch(i) for i in range(4 * n)]
     assert all(len(prompts) == batch for prompts in batches)
-    flat = sum(batches, [])
+    flat = list(itertools.chain(*batches))
     for epoch in range(len(flat) // n):
         assert len(set(flat[epoch * n : (epoch + 1) * n])) == n
 
@@ -213,7 +214,8 @@ def test_batch_depends_on_seed_and_number_alone():
 def test_order_does_not_depend_on_the_batch_size():
     prompts = [str(i) for i in range(11)]
     small, large = PromptStream(prompts, 2, seed=0), PromptStream(prompts, 6, seed=0)
-    assert sum((small.batch(i) for i in range(9)), []) == sum((large.batch(i) for i in range(3)), [])
+    in_small, in_large = [small.batch(i) for i in range(9)], [large.batch(i) for i in range(3)]
+    assert list(itertools.chain(*in_small)) == list(itertools.chain(*in_large))
 
 
 def test_epochs_are_shuffled_anew():

@@ -1,6 +1,8 @@
 """Prompt encoding against diffusers, with T5 and without."""
 
 import functools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ torch = pytest.importorskip("torch")
 from dmdr_jax.diffusers_io import text  # noqa: E402
 from dmdr_jax.diffusers_io.pipeline import load_pipeline  # noqa: E402
 from dmdr_jax.errors import UserError  # noqa: E402
+from dmdr_jax.shapes.tokenizer import make_vocabulary  # noqa: E402
 from tests import tiny_pipelines  # noqa: E402
 
 CLIP_TOKENS = tiny_pipelines.CONTEXT
@@ -90,3 +93,38 @@ def test_ids_are_diffusers(folders):
 def test_text_encoders_must_be_loaded(folders):
     with pytest.raises(UserError, match="text_encoder and text_encoder_2"):
         text.tokenize(load_pipeline(folders["sd3"], ["transformer"]), ["a"])
+
+
+def test_tokenizer_files_as_published(folders, tmp_path):
+    """vocab.json with merges.txt and spiece.model, under the class names that published folders have."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = shutil.copytree(folders["sd3"], tmp_path / "sd3")
+    expected = text.tokenize(load_pipeline(folder), tiny_pipelines.PROMPTS, 20)
+    vocabulary, merges = make_vocabulary(tiny_pipelines.WORDS)
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        (folder / name / "tokenizer.json").unlink()
+        (folder / name / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / name / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_TOKENS, "pad_token": pad}
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(config))
+
+    shutil.rmtree(folder / "tokenizer_3")
+    (folder / "tokenizer_3").mkdir()
+    model = str(folder / "tokenizer_3" / "spiece")
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(tiny_pipelines.WORDS)] * 20),
+        model_prefix=model,
+        vocab_size=40,
+        minloglevel=2,
+        **ids,
+    )
+    (folder / "tokenizer_3" / "spiece.vocab").unlink()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer_3": ["transformers", "T5TokenizerFast"]}))
+
+    ours = text.tokenize(load_pipeline(folder), tiny_pipelines.PROMPTS, 20)
+    for name in ("text_encoder", "text_encoder_2"):
+        np.testing.assert_array_equal(ours[name], expected[name])
+    pieces = sentencepiece.SentencePieceProcessor(model_file=model + ".model").encode(tiny_pipelines.PROMPTS[0])
+    np.testing.assert_array_equal(ours["text_encoder_3"][0], (pieces + [1] + [0] * 20)[:20])

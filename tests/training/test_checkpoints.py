@@ -38,7 +38,7 @@ class State(NamedTuple):
 def make_state(seed=0, rank=2, ema=True):
     rng = np.random.default_rng(seed)
     generator = {
-        "transformer_blocks.0:4": {"attn": {"to_out.0": {"a": jnp.asarray(rng.normal(size=(4, 99, rank)), jnp.float32)}}},
+        "transformer_blocks.0:4": {"attn.to_out.0": {"a": jnp.asarray(rng.normal(size=(4, 99, rank)), jnp.float32)}},
         "norm.out": {"scale": jnp.asarray(rng.normal(size=3), jnp.bfloat16)},
         "empty": {},
     }

@@ -116,10 +116,19 @@ def test_unwritable_places(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk(tmp_path):
-    writer = MetricWriter(tmp_path)
-    writer._file = open("/dev/full", "a")
-    with pytest.raises(UserError, match="No space left on device; make room"):
+    """Met when a line is written, or later when clu's thread writes the event."""
+    writer = MetricWriter(tmp_path / "a")
+    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"cannot write metrics in .*: the disk is full; make room and run"):
         writer.scalars(1, {"loss": 1.0})
+    with pytest.raises(UserError, match="the disk is full"):
+        writer.close()  # not an OSError, which would hide the first
+
+    writer = MetricWriter(tmp_path / "b")
+    writer._events._writers[0]._writer._records._writer = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(UserError, match="the disk is full"):
+        writer.scalars(1, {"loss": 1.0})
+        writer.flush()
 
 
 def test_clu_works_without_tensorflow(tmp_path):

@@ -1,0 +1,227 @@
+"""The programs as a user calls them: help in no time, drawing as diffusers draws, students that come back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dmdr_jax import cli, export, sample
+from dmdr_jax.errors import UserError
+from dmdr_jax.training.loop import train
+from tests import tiny_pipelines
+from tests.training import tiny
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["a red circle", "a blue square and a cross", "two crosses"]
+SIZE = dict(height=16, width=24)
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "export", "evaluate", "report"])
+def test_help_answers_in_under_a_second(program):
+    command = [sys.executable, "-X", "importtime", "-m", f"dmdr_jax.{program}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"dmdr_jax.{program}" in done.stdout
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"jax", "transformers", "torch", "orbax", "diffusers", "scipy"}  # the slow ones
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_pipelines.save(tmp_path_factory.mktemp("pipe") / "sd3", "sd3")
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+def latents_like(pipe, count=len(PROMPTS), seed=0):
+    factor = pipe.vae_scale_factor
+    shape = (count, pipe.transformer.config.in_channels, SIZE["height"] // factor, SIZE["width"] // factor)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def run_sample(out, model, prompts, latents, tmp_path, *more):
+    np.save(tmp_path / "latents.npy", latents)
+    argv = ["--model", model, "--prompts", prompts, "--latents", tmp_path / "latents.npy", "--out", out, *more]
+    sample.main(sample.parser().parse_args([str(a) for a in [*argv, "--format", "npy"]]))
+    return np.load(Path(out) / "images.npy")
+
+
+@pytest.mark.parametrize("guidance, negative", [(5.0, ""), (3.0, "a cross"), (1.0, "")])
+def test_a_teacher_draws_the_pixels_that_diffusers_draws(folder, prompts_file, tmp_path, guidance, negative):
+    pipe = tiny_pipelines.load(folder)
+    latents = latents_like(pipe)
+    options = ["--steps", 4, "--guidance", guidance, "--negative_prompt", negative]
+    ours = run_sample(tmp_path / "out", folder, prompts_file, latents, tmp_path, *options)
+    theirs = pipe(
+        PROMPTS,
+        negative_prompt=[negative] * len(PROMPTS),
+        latents=torch.from_numpy(latents),
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        output_type="np",
+        **SIZE,
+    ).images
+    assert ours.dtype == np.float32 and ours.shape == theirs.shape == (3, 16, 24, 3)
+    assert np.abs(ours - theirs).max() < 1e-3
+    assert theirs.std() > 0.05
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def trained(request, folder, prompts_file, tmp_path_factory):
+    """Two runs' workdirs (by kernel) for a generator kind; a few updates at a high rate, so that it moved."""
+    runs = {}
+    for kernel in ("renoise", "ode"):
+        settings = dict(generator__kind=request.param, student__simulation=kernel, steps=2, height=16, width=24)
+        config = tiny.config(folder, prompts_file, **settings, optim__generator__lr=3e-2, ema=0.0)
+        runs[kernel] = tmp_path_factory.mktemp("runs") / kernel
+        train(config, runs[kernel])
+    return request.param, runs
+
+
+def diffusers_call(text):
+    """The one call that the export printed, as a function of the pipeline."""
+    line = next(line for line in text.splitlines() if line.startswith("image = pipe("))
+    return line.removeprefix("image = ").removesuffix(".images[0]")
+
+
+def draw_documented(pipe, text, latents, noises=None):
+    """Draws by the documented call, with given latents and, for a stochastic scheduler, given noise."""
+    call = diffusers_call(text).replace("pipe(prompt", "pipe(PROMPTS, latents=latents, output_type='np', **SIZE")
+    if noises is not None:
+        drawn = iter(noises)
+        pipe.scheduler.step.__globals__["torch"] = _TorchWithNoise(drawn)
+    try:
+        return eval(call, {"pipe": pipe, "PROMPTS": PROMPTS, "latents": torch.from_numpy(latents), "SIZE": SIZE}).images
+    finally:
+        pipe.scheduler.step.__globals__["torch"] = torch
+
+
+class _TorchWithNoise:
+    """torch with a scripted randn_like: what the scheduler renoises with."""
+
+    def __init__(self, noises):
+        self._noises = noises
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def randn_like(self, x):
+        return torch.from_numpy(next(self._noises)).to(x)
+
+
+def our_noises(latents, steps=4):
+    """The noise our sampler draws at each step for one batch with seed 0, as diffusers shapes it."""
+    import jax
+
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    shape = (latents.shape[0], *latents.shape[2:], latents.shape[1])
+    draws = [np.asarray(jax.random.normal(jax.random.fold_in(key, i), shape)) for i in range(steps)]
+    return [np.ascontiguousarray(d.transpose(0, 3, 1, 2)) for d in draws]
+
+
+@pytest.mark.parametrize("kernel", ["renoise", "ode"])
+def test_the_exported_folder_draws_exactly_our_student(trained, kernel, prompts_file, tmp_path, capsys):
+    _, runs = trained
+    out = tmp_path / "student"
+    args = ["--checkpoint", runs[kernel], "--out", out, "--dtype", "float32"]
+    export.main(export.parser().parse_args([str(a) for a in args]))
+    text = capsys.readouterr().out
+    pipe = tiny_pipelines.load(out)
+    latents = latents_like(pipe)
+    ours = run_sample(tmp_path / "ours", runs[kernel], prompts_file, latents, tmp_path)
+    again = run_sample(tmp_path / "again", out, prompts_file, latents, tmp_path)
+    theirs = draw_documented(pipe, text, latents, our_noises(latents) if kernel == "renoise" else None)
+    assert np.allclose(pipe.scheduler.sigmas, [1.0, 0.9, 0.75, 0.5, 0.0], atol=1e-5)
+    assert np.abs(ours - theirs).max() < 1e-3
+    assert np.abs(again - theirs).max() < 1e-3
+    teacher = run_sample(tmp_path / "teacher", pipe.config._name_or_path, prompts_file, latents, tmp_path)
+    assert teacher.shape == ours.shape
+
+
+def test_the_exported_lora_draws_exactly_our_student(trained, folder, prompts_file, tmp_path, capsys):
+    kind, runs = trained
+    file = tmp_path / "student.safetensors"
+    args = export.parser().parse_args(["--checkpoint", str(runs["ode"]), "--out", str(file), "--lora"])
+    if kind == "full":
+        with pytest.raises(UserError, match="without --lora"):
+            export.main(args)
+        return
+    export.main(args)
+    text = capsys.readouterr().out
+    pipe = tiny_pipelines.load(folder)
+    latents = latents_like(pipe)
+    before = draw_documented(pipe, text, latents)
+    scope = {"pipe": pipe}
+    exec("\n".join(line for line in text.splitlines() if line.startswith(("pipe.load", "pipe.scheduler"))), scope)
+    theirs = draw_documented(pipe, text, latents)
+    ours = run_sample(tmp_path / "ours", runs["ode"], prompts_file, latents, tmp_path)
+    assert np.abs(ours - theirs).max() < 1e-3
+    assert np.abs(before - theirs).max() > 1e-2  # the LoRA did something
+
+
+def test_export_refuses_what_is_there_and_kernels_diffusers_lacks(trained, tmp_path):
+    _, runs = trained
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    with pytest.raises(UserError, match="taken"):
+        export.main(export.parser().parse_args(["--checkpoint", str(runs["ode"]), "--out", str(tmp_path / "taken")]))
+    assert (tmp_path / "taken" / "file").read_text() == "mine"
+
+
+def test_png_output_and_settings(folder, prompts_file, tmp_path):
+    argv = f"--model {folder} --prompts {prompts_file} --out {tmp_path / 'o'} --steps 2 --height 16 --width 16 --batch 2"
+    sample.main(sample.parser().parse_args(argv.split()))
+    assert sorted(p.name for p in (tmp_path / "o").glob("*.png")) == ["00000.png", "00001.png", "00002.png"]
+    assert json.loads((tmp_path / "o" / "settings.json").read_text())["nfe"] == 4
+    assert (tmp_path / "o" / "prompts.txt").read_text().splitlines() == PROMPTS
+
+
+def test_an_image_does_not_depend_on_its_batch(folder, prompts_file, tmp_path):
+    for batch in (1, 3):
+        argv = f"--model {folder} --prompts {prompts_file} --out {tmp_path / str(batch)} --steps 2 --height 16 --width 16"
+        sample.main(sample.parser().parse_args([*argv.split(), "--batch", str(batch), "--format", "npy"]))
+    assert np.allclose(*(np.load(tmp_path / b / "images.npy") for b in "13"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--height", "17"], "multiples of"),
+        (["--steps", "0"], "at least 1"),
+        (["--kernel", "heun"], "ode, renoise or cps"),
+        (["--latents", "nowhere.npy"], "nowhere.npy"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_named(folder, prompts_file, tmp_path, more, message):
+    argv = ["--model", str(folder), "--prompts", str(prompts_file), "--out", str(tmp_path / "o"), *more]
+    with pytest.raises(UserError, match=message):
+        sample.main(sample.parser().parse_args(argv))
+
+
+def test_latents_must_fit(folder, prompts_file, tmp_path):
+    pipe = tiny_pipelines.load(folder)
+    for latents, message in [
+        (latents_like(pipe, 2), "one per prompt"),
+        (latents_like(pipe)[:, :-1], "channels"),
+        (latents_like(pipe)[0], r"\[b, c, h, w\]"),
+        (latents_like(pipe).astype(int), "floats"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run_sample(tmp_path / "o", folder, prompts_file, latents, tmp_path)
+
+
+def test_errors_are_one_line_and_exit_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda _: (_ for _ in ()).throw(UserError("no such\nthing")), argv=[])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
