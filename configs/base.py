@@ -1,4 +1,4 @@
-"""Every key of a training run, with its default: what DMDR's authors ran where they said it.
+"""Every key of a training run, with its default: near what DMDR's authors ran; docs/methods.md lists the departures.
 
 Other files start from `get_config` and change what they must; each key stands here once, with its meaning.
 """
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     c.fake = ConfigDict()
     c.fake.lora = _lora(32, 32.0)
     c.fake.scale = 2.0  # runtime scale of the guidance LoRA on the fake score
-    c.fake.data = "student_x0"  # or "simulated": the simulated clean sample, as the authors ran
+    c.fake.data = "student_x0"  # or "simulated"; they differ with ode_final only, where the authors took the simulated
     c.fake.updates = 5  # fake updates per generator update
 
     c.guidance = ConfigDict()

@@ -53,8 +53,14 @@ def initial_noise(pipeline: Pipeline, height: int, width: int, seeds: Sequence[i
     return np.asarray(jax.vmap(lambda k: jax.random.normal(k, shape))(keys))
 
 
+def row_keys(seed: int, rows: Sequence[int]) -> Array:
+    """One key per image ``[b]``: a function of (seed, row) alone."""
+    root = jax.random.key(seed)
+    return jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.asarray(rows, jnp.uint32))
+
+
 @functools.partial(jax.jit, static_argnames=("modules", "recipe"))
-def _draw(modules: "_Modules", recipe: Recipe, params: Tree, weights: Weights, ids, empty_ids, noise, key) -> Array:
+def _draw(modules: "_Modules", recipe: Recipe, params: Tree, weights: Weights, ids, empty_ids, noise, keys) -> Array:
     networks = modules.as_dict()
     denoiser = Denoiser(networks["transformer"], Flow())
     cond = encode(networks, params, ids)
@@ -63,7 +69,7 @@ def _draw(modules: "_Modules", recipe: Recipe, params: Tree, weights: Weights, i
     def output_fn(z, t):
         return denoiser.guided_output(weights, z, t, cond, uncond, recipe.guidance)
 
-    latents = sample(output_fn, denoiser.process, recipe.kernel, noise, recipe.grid, key)
+    latents = sample(output_fn, denoiser.process, recipe.kernel, noise, recipe.grid, keys)
     return jnp.clip(decode_images(networks["vae"], params["vae"], latents), 0.0, 1.0)
 
 
@@ -97,7 +103,7 @@ def draw_images(
       weights: the denoiser to draw with (the teacher's parameters, or a student's).
       noise: initial latents ``[n, h, w, c]``.
       batch: images per compiled call; the last one is padded, so that one program serves all.
-      seed: randomness of stochastic kernels, folded with the index of the batch.
+      seed: randomness of stochastic kernels; an image depends on it and on its own place, not on its batch.
       params: text encoders and VAE; the pipeline's own by default.
       progress: called with the number of images drawn, batch by batch.
     """
@@ -110,8 +116,7 @@ def draw_images(
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
         ids = tokenize(pipeline, [prompts[i] for i in rows])
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        drawn = _draw(modules, recipe, params, weights, ids, empty, jnp.asarray(noise[rows]), key)
+        drawn = _draw(modules, recipe, params, weights, ids, empty, jnp.asarray(noise[rows]), row_keys(seed, rows))
         images.append(np.asarray(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)

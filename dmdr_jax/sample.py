@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from dmdr_jax import cli
+from dmdr_jax.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +39,10 @@ def main(args: Any) -> None:
 
     from dmdr_jax.data.prompts import load_prompts
 
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, and is {args.seed}.")
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {args.batch}.")
     prompts = load_prompts(args.prompts)
     latents = read_latents(args.latents, len(prompts)) if args.latents else None
 
@@ -67,8 +72,6 @@ def read_latents(file: str, count: int) -> Any:
     """Noise ``[b, c, h, w]`` from a file, as ``[b, h, w, c]`` float32; UserError where it does not fit."""
     import numpy as np
 
-    from dmdr_jax.errors import UserError
-
     try:
         latents = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -82,16 +85,16 @@ def read_latents(file: str, count: int) -> Any:
 
 def image_size(model: Any, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
     """The image's height and width; UserError where sizes and latents do not fit the model."""
-    from dmdr_jax.errors import UserError
-
-    transformer, factor = model.pipeline.modules["transformer"].config, model.pipeline.modules["vae"].config.downsampling
+    modules = model.pipeline.modules
+    transformer, factor = modules["transformer"].config, modules["vae"].config.downsampling
     unit = factor * transformer.patch_size
     if latents is not None:
         h, w, channels = latents.shape[1:]
         if channels != transformer.in_channels:
             raise UserError(f"--latents have {channels} channels; this model's have {transformer.in_channels}.")
         if (height or h * factor, width or w * factor) != (h * factor, w * factor):
-            raise UserError(f"--latents are for {h * factor} x {w * factor} pixels, not {height} x {width}.")
+            asked = f"{height or h * factor} x {width or w * factor}"
+            raise UserError(f"--latents are for {h * factor} x {w * factor} pixels, not {asked}.")
         height, width = h * factor, w * factor
     height, width = height or model.size[0], width or model.size[1]
     if height < unit or width < unit or height % unit or width % unit:

@@ -21,9 +21,9 @@ step "2/5 sample: the student draws eight prompts"
 step "3/5 evaluate: teacher and student on prompts neither was trained on, from the same noise"
 "$python" -m dmdr_jax.evaluate --world small --per_tag 40 --out "$OUT/evaluation" \
   --model "teacher=shapes:sd3,steps=25,guidance=3" \
-  --model "teacher, 4 steps=shapes:sd3,steps=4,guidance=3" \
+  --model "teacher-4=shapes:sd3,steps=4,guidance=3" \
   --model "DMDR=$OUT/run" \
-  --baseline "teacher, 4 steps"
+  --baseline teacher-4
 
 step "4/5 export: a diffusers folder"
 "$python" -m dmdr_jax.export --checkpoint "$OUT/run" --out "$OUT/student" --overwrite

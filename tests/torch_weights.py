@@ -61,7 +61,7 @@ def _gather(names: list[str], state_dict, unused: set) -> np.ndarray:
     for i, name in enumerate(names):
         if stack := _STACK.match(name):
             stem, first, end = stack[1], int(stack[2]), int(stack[3])
-            members = [names[:i] + [f"{stem}.{k}"] + names[i + 1 :] for k in range(first, end)]
+            members = [[*names[:i], f"{stem}.{k}", *names[i + 1 :]] for k in range(first, end)]
             return np.stack([_gather(member, state_dict, unused) for member in members])
     is_weight = names[-1] in _WEIGHT_LEAVES
     key = ".".join([*names[:-1], "weight" if is_weight else names[-1]])

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.vae.batch = 32
     c.vae.lr = 2e-3
     c.vae.kl_weight = 1e-4
+    c.vae.decoder = ConfigDict(dict(steps=3000, batch=32, lr=2e-3, noise=0.15))  # then the decoder alone
 
     c.transformer = ConfigDict(
         dict(
@@ -56,6 +57,7 @@ def get_config() -> ConfigDict:
 
     c.teacher = ConfigDict()
     c.teacher.scenes = 65536  # encoded once, drawn from afterwards
+    c.teacher.rich_captions = 0.5  # share of scenes described in freer wording than the prompts'
     c.teacher.steps = 16000
     c.teacher.batch = 64
     c.teacher.lr = 1.5e-3

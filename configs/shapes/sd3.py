@@ -1,7 +1,7 @@
 """DMDR in the embedded world: the SD3-shaped teacher becomes a 4-step generator.
 
 Command:   python -m dmdr_jax.train --config=configs/shapes/sd3.py --workdir=runs/shapes_sd3
-Departures from the paper's settings (configs/paper holds those) and why are in docs/methods.md.
+Departures from the paper's settings, and why, are in docs/methods.md.
 """
 
 from ml_collections import ConfigDict

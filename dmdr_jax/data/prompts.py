@@ -248,13 +248,13 @@ def _text_or_none(value: bytes) -> str | None:
 
 
 def _shapes_prompts(spec: str) -> list[str]:
-    from dmdr_jax.shapes.prompts import train_prompts
+    from dmdr_jax.shapes.prompts import balanced_train_prompts
     from dmdr_jax.shapes.world import get_world
 
     parts = spec.split(":")[1:]
     if len(parts) not in (1, 2) or parts[-1] != "train":
         raise UserError(f"cannot read {spec!r}; write shapes:train or shapes:WORLD:train")
-    return train_prompts(get_world(parts[0] if len(parts) == 2 else DEFAULT_WORLD))
+    return balanced_train_prompts(get_world(parts[0] if len(parts) == 2 else DEFAULT_WORLD))
 
 
 def _first_line(error: BaseException) -> str:

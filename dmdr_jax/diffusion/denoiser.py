@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dmdr_jax import lora
 from dmdr_jax.diffusion.process import Flow
 from dmdr_jax.models.conditioning import Conditioning, broadcast_to, concatenate
 
@@ -35,12 +36,9 @@ class Denoiser:
 
     def output(self, weights: Weights, z: Array, t: Array, cond: Conditioning) -> Array:
         """The network's raw output at ``z`` ``[b, h, w, c]`` and ``t`` (scalar or ``[b]``), fp32."""
-        variables = {"params": weights.params}
-        if weights.lora is not None:
-            variables["lora"] = weights.lora
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), z.shape[:1])
         out = self.module.apply(
-            variables,
+            lora.variables(weights.params, weights.lora),
             z,
             self.process.model_time(t),
             cond.prompt_embeds,

@@ -53,7 +53,7 @@ def parse_kernel(text: str) -> Kernel:
     text = text.strip()
     if text in ("ode", "renoise"):
         return Kernel(0.0 if text == "ode" else 1.0)
-    match = re.fullmatch(r"cps\(\s*([0-9.]+)\s*\)", text)
-    if match and 0.0 <= float(match[1]) <= 1.0:
+    match = re.fullmatch(r"cps\(\s*(\d*\.?\d+)\s*\)", text)
+    if match and float(match[1]) <= 1.0:
         return Kernel(float(match[1]))
     raise UserError(f"Unknown kernel {text!r}: use ode, renoise or cps(eta) with 0 <= eta <= 1, e.g. 'cps(0.9)'.")

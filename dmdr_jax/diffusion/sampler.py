@@ -19,20 +19,28 @@ OutputFn = Callable[[Array, Array], Array]
 
 
 class Trajectory(NamedTuple):
-    """What a rollout visited: ``states[i]`` is the input at grid index i, ``x0[i]`` the estimate there."""
+    """What a rollout visited: ``states[i]`` is the state at grid index i, ``x0[i]`` the estimate there."""
 
-    states: Array  # [steps, b, h, w, c]
-    x0: Array  # [steps, b, h, w, c]; x0[-1] is the sample
+    states: Array  # [steps + 1, b, h, w, c], from the initial noise to the end of the grid
+    x0: Array  # [steps, b, h, w, c]
+
+
+def step_noise(key: Array, i: Array | int, like: Array) -> Array:
+    """The noise of step i: from one key for the batch, or from a key per row ``[b]``, which makes rows independent."""
+    if key.ndim == 0:
+        return jax.random.normal(jax.random.fold_in(key, i), like.shape, like.dtype)
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), like.shape[1:], like.dtype))(key)
 
 
 def advance(
-    output_fn: OutputFn, process: Flow, kernel: Kernel, z: Array, t: Array, t_next: Array, key: Array
+    output_fn: OutputFn, process: Flow, kernel: Kernel, z: Array, i: Array, grid: Array, key: Array
 ) -> tuple[Array, Array]:
-    """One sampler step from ``z`` at ``t`` to ``t_next``: returns the next state and the x0 estimate at ``z``."""
+    """Step i of the grid from the state ``z``: returns the next state and the x0 estimate at ``z``."""
+    t = grid[i]
     out = output_fn(z, t)
     x0 = process.to_x0(z, out, t)
-    noise = jax.random.normal(key, z.shape, z.dtype) if kernel.stochastic else None
-    return kernel.step(x0, process.to_eps(z, out, t), t_next, noise), x0
+    noise = step_noise(key, i, z) if kernel.stochastic else None
+    return kernel.step(x0, process.to_eps(z, out, t), grid[i + 1], noise), x0
 
 
 def rollout(
@@ -46,17 +54,16 @@ def rollout(
       kernel: the transition kernel.
       noise: the initial state ``[b, h, w, c]`` at ``grid[0]``, fp32.
       grid: ``steps + 1`` decreasing times, the last one being the target of the last step (0).
-      key: randomness of the kernel; step i uses ``fold_in(key, i)``.
+      key: randomness of the kernel, see `step_noise`.
     """
     grid = jnp.asarray(grid, jnp.float32)
 
-    def step(z, inputs):
-        i, t, t_next = inputs
-        z_next, x0 = advance(output_fn, process, kernel, z, t, t_next, jax.random.fold_in(key, i))
+    def step(z, i):
+        z_next, x0 = advance(output_fn, process, kernel, z, i, grid, key)
         return z_next, (z, x0)
 
-    _, (states, x0) = jax.lax.scan(step, noise, (jnp.arange(grid.shape[0] - 1), grid[:-1], grid[1:]))
-    return Trajectory(states, x0)
+    final, (states, x0) = jax.lax.scan(step, noise, jnp.arange(grid.shape[0] - 1))
+    return Trajectory(jnp.concatenate([states, final[None]]), x0)
 
 
 def sample(
@@ -79,6 +86,6 @@ def run_prefix(
     grid = jnp.asarray(grid, jnp.float32)
 
     def body(i, z):
-        return advance(output_fn, process, kernel, z, grid[i], grid[i + 1], jax.random.fold_in(key, i))[0]
+        return advance(output_fn, process, kernel, z, i, grid, key)[0]
 
     return jax.lax.fori_loop(0, steps, body, noise)

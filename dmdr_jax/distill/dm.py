@@ -31,10 +31,10 @@ class DMDraw(NamedTuple):
 
 
 def dm_draw(x0: Array, tau: Array, scores: Scores, guidance_scale: Array, floor: float = 1e-3) -> DMDraw:
-    """Equation (1). Non-finite entries of g become zero, so that one bad row cannot end a run."""
+    """Equation (1). A score that is not finite makes g so too, and the train step then refuses the update."""
     real = scores.real(guidance_scale)
     normaliser = jnp.abs(x0 - real).mean(axis=(1, 2, 3), keepdims=True) + floor
-    gradient = jnp.nan_to_num((scores.fake - real) / normaliser, nan=0.0, posinf=0.0, neginf=0.0)
+    gradient = (scores.fake - real) / normaliser
     draw = DMDraw(tau, scores, real, gradient, normaliser)
     return jax.tree.map(jax.lax.stop_gradient, draw)
 

@@ -1,4 +1,4 @@
-"""The fake score's loss: plain denoising regression on the student's samples (DMD2, 2405.14867, eq. 6)."""
+"""The fake score's loss: plain denoising regression on the student's samples (DMD2, arXiv 2405.14867)."""
 
 import jax
 import jax.numpy as jnp

@@ -31,7 +31,7 @@ class StudentInput(NamedTuple):
     z: Array
     t: Array
     index: Array
-    simulated: Array
+    simulated: Array | None
     """The simulated clean sample [b, h, w, c]: the final one for ``ode_final``, else the student's x0 at z."""
 
 
@@ -59,8 +59,13 @@ class Simulation:
     def steps(self) -> int:
         return len(self.grid) - 1
 
-    def student_input(self, output_fn: OutputFn, process: Flow, noise: Array, key: Array) -> StudentInput:
-        """Simulates from ``noise`` without gradient and picks a grid index per sample (or per batch)."""
+    def student_input(
+        self, output_fn: OutputFn, process: Flow, noise: Array, key: Array, with_sample: bool = True
+    ) -> StudentInput:
+        """Simulates from ``noise`` without gradient and picks a grid index per sample (or per batch).
+
+        Without ``with_sample`` the network calls that only ``simulated`` needs are left out.
+        """
         output_fn = _without_gradient(output_fn)
         key_index, key_kernel, key_renoise = jax.random.split(key, 3)
         batch = noise.shape[0]
@@ -74,10 +79,11 @@ class Simulation:
             return StudentInput(z, t, index, final)
         if self.shared_index:
             z = run_prefix(output_fn, process, self.kernel, noise, self.grid, key_kernel, index[0])
-            return StudentInput(z, t, index, process.to_x0(z, output_fn(z, t), t))
-        trajectory = rollout(output_fn, process, self.kernel, noise, self.grid, key_kernel)
-        rows = jnp.arange(batch)
-        return StudentInput(trajectory.states[index, rows], t, index, trajectory.x0[index, rows])
+            return StudentInput(z, t, index, process.to_x0(z, output_fn(z, t), t) if with_sample else None)
+        grid, rows = self.grid if with_sample else self.grid[:-1], jnp.arange(batch)
+        trajectory = rollout(output_fn, process, self.kernel, noise, grid, key_kernel)
+        x0 = trajectory.x0[index, rows] if with_sample else None
+        return StudentInput(trajectory.states[index, rows], t, index, x0)
 
 
 def _without_gradient(output_fn: OutputFn) -> OutputFn:

@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT = 520, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30  # margins around the plot
+WIDTH, HEIGHT = 400, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 30  # margins around the plot
 MAX_POINTS = 400
 SMOOTHING = 1 / 20  # of the run, averaged for the bold line
 
@@ -34,12 +34,12 @@ def series_of(rows: Sequence[Mapping[str, float | None]], names: Mapping[str, st
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over `SMOOTHING` of the values; the window shrinks at the ends."""
+    """Centred moving average over `SMOOTHING` of the values; the window is cut off at the ends."""
     half = int(len(values) * SMOOTHING / 2)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
 
 
 def thin(series: Series) -> Series:
@@ -50,33 +50,33 @@ def thin(series: Series) -> Series:
     return Series(series.name, steps, values)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) inside [low, high]."""
-    raw = (high - low) / max(count - 1, 1)
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """At most ``count`` round numbers (1, 2 or 5 times a power of ten apart) inside [low, high]."""
+    raw = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(k * power for k in (1, 2, 5, 10) if k * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(k * step, 12) for k in range(first, last + 1)]
 
 
-def line_chart(series: Sequence[Series], label: str, mark: tuple[float, str] | None = None) -> str:
+def line_chart(series: Sequence[Series], label: str, last: float, mark: tuple[float, str] | None = None) -> str:
     """An SVG of the curves over generator steps: each faint as measured, bold smoothed.
 
     Args:
       label: what is shown, for those who cannot see it.
+      last: the step at which the axis, which begins at 0, ends.
       mark: a step and what begins there, drawn as a dashed line.
     """
     curves = [thin(s) for s in series]
-    steps, values = (np.concatenate([getattr(c, f) for c in curves]) for f in ("steps", "values"))
-    x0, x1 = _span(steps)
-    y0, y1 = _span(values)
+    x0, x1 = 0.0, float(max(last, 1))
+    y0, y1 = _span(np.concatenate([curve.values for curve in curves]))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for value in ticks(y0, y1):
+    for value in ticks(y0, y1, 6):
         y = place(x0, value)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')

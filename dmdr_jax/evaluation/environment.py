@@ -19,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers")
 def command() -> str:
     """The command line of this process, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name] if spec else sys.argv[:1]
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 

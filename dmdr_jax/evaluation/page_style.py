@@ -13,7 +13,7 @@ main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.02em; }
 h2 { font-size: 1.25rem; margin: 52px 0 10px; letter-spacing: -.01em; }
 h3 { font-size: 1rem; margin: 26px 0 6px; }
-p { margin: 8px 0; max-width: 78ch; }
+p { margin: 8px 0; max-width: 92ch; }
 .lead, .note { color: var(--soft); }
 .note { font-size: .88rem; }
 .facts { display: flex; flex-wrap: wrap; gap: 10px; margin: 22px 0 0; padding: 0; list-style: none; }
@@ -42,11 +42,11 @@ img.small { image-rendering: pixelated; }
 .chart { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0;
   padding: 12px 14px 4px; }
 .chart figcaption { font-size: .9rem; font-weight: 600; }
-.key { font-weight: 400; color: var(--soft); font-size: .8rem; margin-left: 12px; white-space: nowrap; }
+.key { font-weight: 400; color: var(--soft); font-size: .8rem; margin-right: 14px; white-space: nowrap; }
 .key i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; vertical-align: middle;
   margin-right: 5px; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font-size: 11px; fill: var(--soft); } svg text.mark { fill: var(--accent); }
+svg text { font-size: 12px; fill: var(--soft); } svg text.mark { fill: var(--accent); }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--accent); stroke-dasharray: 4 4; }
 svg text.mark { stroke: none; }
 svg path { fill: none; stroke-linejoin: round; } svg .raw { stroke-width: 1; opacity: .28; }
@@ -55,13 +55,15 @@ svg .s0 { stroke: var(--s0); } svg .s1 { stroke: var(--s1); }
 svg .s2 { stroke: var(--s2); } svg .s3 { stroke: var(--s3); }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 11px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); font-size: .8rem; }
+th, td { padding: 7px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--soft); font-size: .76rem; line-height: 1.25; white-space: normal;
+  vertical-align: bottom; }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card);
   font-weight: 600; }
+td > b { font-size: .72em; vertical-align: .1em; }
 tr.floor td { color: var(--soft); font-style: italic; }
-td small { color: var(--soft); font-size: .82em; }
+td { vertical-align: top; } td small { display: block; color: var(--soft); font-size: .82em; font-weight: 400; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; overflow-x: auto;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: 6px 0 16px; }
 details { margin-top: 10px; } summary { cursor: pointer; color: var(--accent); }

@@ -19,7 +19,7 @@ from dmdr_jax.evaluation.page_style import STYLE
 from dmdr_jax.evaluation.pictures import previews, side_by_side
 from dmdr_jax.evaluation.results import Column
 from dmdr_jax.evaluation.table import MISSING, Estimate, decide, format_estimate
-from dmdr_jax.evaluation.verdict import caution, describe, findings
+from dmdr_jax.evaluation.verdict import Finding, caution, describe, findings
 from dmdr_jax.training.metrics import METRICS_FILE, read_metrics
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -61,7 +61,7 @@ def render_page(
 ) -> str:
     """The whole page."""
     config = document["config"]
-    title = f"{config['student']['steps']} steps out of {config['model']}"
+    title = f"A {config['student']['steps']}-step generator from {config['model']}"
     sections = [
         header(title, run, config, rows, results),
         section("Verdict", verdict(results)) if results else "",
@@ -122,7 +122,7 @@ def active_rewards(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def verdict(results: Results) -> str:
     """The findings, each with its outcome."""
     boxes = [
-        f'<div class="verdict {f.outcome}"><span class="tag">{f.outcome}</span><p>{escape(f.text)}</p></div>'
+        f'<div class="verdict {f.outcome}"><span class="tag">{escape(heading(f))}</span><p>{escape(f.text)}</p></div>'
         for f in findings(results)
     ]
     warning = caution(results)
@@ -132,6 +132,10 @@ def verdict(results: Results) -> str:
     )
     warned = f"<p><b>{escape(warning)}</b></p>" if warning else ""
     return "".join(boxes) + warned + f'<p class="note">{note}</p>' if boxes else ""
+
+
+def heading(f: Finding) -> str:
+    return f"{f.model}: {f.outcome} {'against' if f.outcome == 'undecided' else 'than'} {f.other}"
 
 
 def pictures(folder: Path, results: Results) -> str:
@@ -152,7 +156,7 @@ def tables(results: Results) -> str:
     """The table in its groups; differences from the last reference that are decided are marked."""
     reference = results["compared_with"][-1]
     groups = list(dict.fromkeys(c.group for c in results["columns"]))
-    parts = [_table(results, [c for c in results["columns"] if c.group == g], g, reference) for g in groups]
+    parts = [_table(results, group, reference, with_speed=group == groups[0]) for group in groups]
     legend = (
         f'<b class="good">▲</b> better, <b class="bad">▼</b> worse than {escape(reference)} beyond two standard errors '
         "of the paired difference; no mark: undecided, or a measure without a better side."
@@ -161,27 +165,32 @@ def tables(results: Results) -> str:
     return f'<p class="note">{text}</p>{"".join(parts)}<p class="note">{legend}</p>'
 
 
-def _table(results: Results, columns: Sequence[Column], group: str, reference: str) -> str:
-    head = "".join(f"<th>{escape(t)}</th>" for t in ["model", "NFE", "images/s", *(c.title for c in columns)])
-    models = [*results["models"], *filter(None, [results["floor"]])]
-    body = "".join(_table_row(model, columns, reference, model is results["floor"]) for model in models)
+def _table(results: Results, group: str, reference: str, with_speed: bool) -> str:
+    columns = [column for column in results["columns"] if column.group == group]
+    titles = ["model", "NFE", *["images/s"] * with_speed, *(column.title for column in columns)]
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    body = "".join(_table_row(model, columns, reference, with_speed) for model in results["models"])
+    if results["floor"]:
+        body += _table_row(results["floor"], columns, reference, with_speed, kind=' class="floor"')
     return f'<h3>{escape(group.capitalize())}</h3><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _table_row(model: Mapping[str, Any], columns: Sequence[Column], reference: str, is_floor: bool) -> str:
+def _table_row(
+    model: Mapping[str, Any], columns: Sequence[Column], reference: str, with_speed: bool, kind: str = ""
+) -> str:
     nfe = MISSING if model["nfe"] is None else model["nfe"]
     speed = MISSING if model["images_per_second"] is None else f"{model['images_per_second']:.3g}"
     differences = model["differences"].get(reference, {})
-    cells = [_cell(c, model["summary"].get(c.key), differences.get(c.key)) for c in columns]
-    kind = ' class="floor"' if is_floor else ""
-    return f"<tr{kind}><td>{escape(model['name'])}</td><td>{nfe}</td><td>{speed}</td>{''.join(cells)}</tr>"
+    cells = [f"<td>{cell}</td>" for cell in [escape(model["name"]), nfe, *[speed] * with_speed]]
+    cells += [_cell(c, model["summary"].get(c.key), differences.get(c.key)) for c in columns]
+    return f"<tr{kind}>{''.join(cells)}</tr>"
 
 
 def _cell(column: Column, value: Estimate | None, difference: Estimate | None) -> str:
     outcome = decide(difference, column.better) if difference else "undecided"
     mark = {"better": '<b class="good">▲</b> ', "worse": '<b class="bad">▼</b> '}.get(outcome, "")
     mean, plus_minus, se = format_estimate(value, column.digits).partition(" ± ")
-    return f"<td>{mark}{mean}{f' <small>±{se}</small>' if plus_minus else ''}</td>"
+    return f"<td>{mark}{mean}{f'<small>±{se}</small>' if plus_minus else ''}</td>"
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -199,25 +208,26 @@ def charts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     start = joint_start(config)
     mark = (start, "rewards set in") if start else None
     names = {f"reward/{name}": name for name in active_rewards(config)}
-    gaps = {"dm/score_gap": "fake to guided real", "dm/distribution_gap": "fake to unguided real"}
-    figures = [
-        _chart("Rewards of the student's x0", series_of(rows, names), None if start is None else mark),
-        _chart("Score gap, mean |Δx0|", series_of(rows, gaps), mark),
-        _chart("Loss of the fake score", series_of(rows, {"fake/loss": "flow matching"}), mark),
-    ]
+    gaps = {"dm/score_gap": "with guidance", "dm/distribution_gap": "without"}
+    curves = {
+        "Rewards of the student's x0": series_of(rows, names),
+        "Score gap": series_of(rows, gaps),
+        "Loss of the fake score": series_of(rows, {"fake/loss": "flow matching"}),
+    }
+    last = rows[-1]["step"]
+    figures = [_chart(title, series, last, mark) for title, series in curves.items() if series]
     note = (
-        "Over generator steps; faint as measured, bold averaged. The score gap is the signal of distribution matching: "
-        "it shrinks as the student's distribution meets the teacher's. The losses' values mean nothing by themselves."
+        "Over generator steps; faint as measured, bold averaged. The score gap is mean |x0 fake - x0 real|, the signal "
+        "of distribution matching: it shrinks as the student's distribution meets the teacher's."
     )
     return f'<div class="charts">{"".join(figures)}</div><p class="note">{note}</p>'
 
 
-def _chart(title: str, series: Sequence[Series], mark: tuple[float, str] | None) -> str:
-    if not series:
-        return ""
+def _chart(title: str, series: Sequence[Series], last: float, mark: tuple[float, str] | None) -> str:
     names = [f'<i style="background: var(--s{i})"></i>{escape(s.name)}' for i, s in enumerate(series)]
-    text = escape(title) + "".join(f'<span class="key">{name}</span>' for name in names)
-    return f'<figure class="chart"><figcaption>{text}</figcaption>{line_chart(series, title, mark)}</figure>'
+    key = "".join(f'<span class="key">{name}</span>' for name in names)
+    chart = line_chart(series, title, last, mark)
+    return f'<figure class="chart"><figcaption>{escape(title)}<div>{key}</div></figcaption>{chart}</figure>'
 
 
 # --- commands and settings -----------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ def columns(tags: Sequence[str], scorers: Sequence[str], in_world: bool) -> list
     kinds = [(key, *key.split("/", 1)) for key in scorers]
     scores = [Column(key, f"{name} ({_SCORER_KINDS[kind]})", 1, 4, "scores") for key, kind, name in kinds]
     spread = [
-        Column("frechet/renders", "Fréchet, renders", -1, 2, "distribution"),
-        Column("frechet/teacher", "Fréchet, teacher", -1, 2, "distribution"),
-        Column("background_entropy", "background, nats", 1, 3, "distribution"),
-        Column("color_entropy", "color, nats", 1, 3, "distribution"),
-        Column("position_std", "position, px", 0, 2, "distribution"),
+        Column("frechet/renders", "Fréchet to renders", -1, 2, "distribution"),
+        Column("frechet/teacher", "Fréchet to teacher", -1, 2, "distribution"),
+        Column("background_entropy", "background entropy", 1, 3, "distribution"),
+        Column("color_entropy", "color entropy", 1, 3, "distribution"),
+        Column("position_std", "position spread", 0, 2, "distribution"),
         Column("junk", "junk", -1, 4, "distribution"),
         Column("chroma", "chroma", 0, 4, "distribution"),
     ]

@@ -39,6 +39,8 @@ def evaluate(args: Any) -> str:
     entries = parse_entries(args.model, args.baseline)
     ask = Questions.make(args)
     scorers = {f"{kind}/{name}": s for kind, option in KINDS.items() for name, s in _scorers(args, option).items()}
+    if ask.world is None and not scorers:
+        raise UserError("--prompts without --rewards and --judge leaves nothing to measure: name at least one.")
     models = open_models(entries, args.dtype)
     recipes = [model.recipe(e.steps, e.kernel, e.guidance, ask.size(model)) for e, model in zip(entries, models)]
     if ask.world is not None:
@@ -158,7 +160,9 @@ def caption(ask: Questions, args: Any, teacher: str) -> str:
         "*unseen* are strict verdicts; *unseen* holds only compositions that never occur in training, so it leaves out "
         "single object and counting, which have too few prompts to keep any apart. "
         f"`{FLOOR}` are perfect images: the ceiling of the verdicts and the floor of the Fréchet distance at this "
-        f"number of images. *Fréchet, teacher* is the distance to the images of `{teacher}`."
+        f"number of images. *Fréchet to teacher* is the distance to the images of `{teacher}`; "
+        "entropies, in nats, and the spread of positions, in pixels, are of what prompts leave open; *junk* is the "
+        "share of the image that is neither background nor an object."
     )
 
 

@@ -47,8 +47,8 @@ class Estimate:
 def estimate(values: np.ndarray, units: Sequence | None = None) -> Estimate:
     """Mean of ``values`` ``[n]`` with its standard error.
 
-    Verdicts (bool) that are all alike say nothing of their spread; one success and one failure are then
-    added for the standard error (Laplace's rule of succession).
+    Verdicts (bool) that are all alike say nothing of their spread; for the standard error one success and
+    one failure are then added (Laplace's rule of succession).
 
     Args:
       units: what is independent, ``[n]`` labels (the prompts); None: every value.
@@ -58,9 +58,8 @@ def estimate(values: np.ndarray, units: Sequence | None = None) -> Estimate:
     if not n:
         return Estimate(math.nan, math.nan, 0)
     x = values.astype(np.float64)
-    if values.dtype == bool and len(np.unique(values)) == 1:
-        share = (x.sum() + 1) / (n + 2)
-        return Estimate(float(x.mean()), math.sqrt(share * (1 - share) / (n + 2)), n)
+    if values.dtype == bool and _alike(x):
+        return Estimate(float(x.mean()), _laplace_error(x, (0, 1)), n)
     by_image, by_unit = _unit_error(x, np.arange(n)), math.nan if units is None else _unit_error(x, units)
     return Estimate(float(x.mean()), float(np.fmax(by_image, by_unit)), n)
 
@@ -73,9 +72,25 @@ def _unit_error(x: np.ndarray, units: Sequence) -> float:
     return math.sqrt(g / (g - 1) * (residuals**2).sum()) / len(x) if g > 1 else math.nan
 
 
+def _alike(x: np.ndarray) -> bool:
+    return len(x) > 0 and bool((x == x[0]).all())
+
+
+def _laplace_error(x: np.ndarray, added: tuple[float, float]) -> float:
+    """Standard error of ``x`` with two more observations."""
+    padded = np.concatenate([x, added])
+    return float(padded.std() / math.sqrt(len(padded)))
+
+
 def paired(values: np.ndarray, others: np.ndarray, units: Sequence | None = None) -> Estimate:
-    """Mean difference ``values - others`` of measurements ``[n]`` on the same prompts and noise."""
-    return estimate(np.asarray(values, np.float64) - np.asarray(others, np.float64), units)
+    """Mean difference ``values - others`` of measurements ``[n]`` on the same prompts and noise.
+
+    As in `estimate`, differences of verdicts that are all alike get one gain and one loss for the standard error.
+    """
+    difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
+    if np.asarray(values).dtype == bool and _alike(difference):
+        return Estimate(float(difference.mean()), _laplace_error(difference, (-1, 1)), len(difference))
+    return estimate(difference, units)
 
 
 def jackknife(statistic: Statistic, n: int, blocks: int = BLOCKS) -> Estimate:

@@ -44,7 +44,7 @@ def findings(results: Mapping[str, Any]) -> list[Finding]:
     """Every model against the baseline and the teacher, as far as they were compared; the baseline comes last."""
     references = results["compared_with"]
     students = [m for m in results["models"] if m["name"] not in references]
-    models = students or [m for m in results["models"] if m["differences"]]
+    models = students or results["models"][1:]
     by_name = {m["name"]: m for m in results["models"]}
     return [
         finding(results["columns"], model, by_name[other])

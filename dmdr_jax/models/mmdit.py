@@ -59,7 +59,9 @@ class MMDiTConfig:
             raise UserError(f"transformer config: qk_norm {self.qk_norm!r} is not supported; use null or 'rms_norm'.")
         strange = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
         if strange:
-            raise UserError(f"transformer config: dual_attention_layers {strange} lie outside the {self.num_layers} layers.")
+            raise UserError(
+                f"transformer config: dual_attention_layers {strange} lie outside the {self.num_layers} layers."
+            )
 
     @property
     def width(self) -> int:
@@ -210,7 +212,7 @@ class PatchEmbed(nn.Module):
 
 
 def position_table(size: int, width: int, base: int) -> Array:
-    """Sine-cosine positions ``[1, size^2, width]`` fp32: half for the column, half for the row, scaled to ``base`` cells."""
+    """Sine-cosine positions ``[1, size^2, width]`` fp32: half for the column, half for the row, in ``base`` cells."""
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     cells = (np.arange(size, dtype=np.float32) / np.float32(size / base)).astype(np.float64)
     angles = np.outer(cells, omega)
@@ -303,7 +305,7 @@ class Block(nn.Module):
     def __call__(
         self, streams: tuple[Array, Array], temb: Array, lora_scale: LoraScale, key_bias: Array | None
     ) -> tuple[tuple[Array, Array], None]:
-        """Maps (image tokens ``[b, n, d]``, text tokens ``[b, m, d]``) to the same; the pair's second is scan's output."""
+        """Maps (image tokens ``[b, n, d]``, text tokens ``[b, m, d]``) to the same; None is for scan."""
         x, context = streams
         width = self.config.width
         norm = functools.partial(AdaNorm, dtype=self.dtype)

@@ -63,7 +63,7 @@ def autoencoder(config: Any, work: Path) -> tuple[Any, Tree, tuple[float, float]
     import numpy as np
 
     from dmdr_jax.diffusers_io.components import build_module
-    from dmdr_jax.shapes.pretrain_vae import train_vae
+    from dmdr_jax.shapes.pretrain_vae import finetune_decoder, train_vae
     from dmdr_jax.shapes.world import get_world
 
     vae = build_module("AutoencoderKL", component_configs(config, 2, 1, (1.0, 0.0))["vae"])
@@ -71,9 +71,17 @@ def autoencoder(config: Any, work: Path) -> tuple[Any, Tree, tuple[float, float]
     if not file.exists():
         settings = {k: config.vae[k] for k in ("steps", "batch", "lr", "kl_weight")}
         params, statistics = train_vae(vae, get_world(config.world), seed=config.seed, **settings)
-        file.write_bytes(pickle.dumps((jax.tree.map(np.asarray, params), statistics)))
+        params = finetune_decoder(vae, params, get_world(config.world), seed=config.seed + 7, **config.vae.decoder)
+        write_whole(file, (jax.tree.map(np.asarray, params), statistics))
     params, statistics = pickle.loads(file.read_bytes())
     return vae, params, statistics
+
+
+def write_whole(file: Path, value: Any) -> None:
+    """Pickles to a file that is there whole or not at all."""
+    fresh = file.with_suffix(".tmp")
+    fresh.write_bytes(pickle.dumps(value))
+    fresh.replace(file)
 
 
 def scene_set(config: Any, vae: Any, vae_params: Tree, statistics: tuple[float, float], tokenizers: Any) -> Any:
@@ -90,7 +98,8 @@ def scene_set(config: Any, vae: Any, vae_params: Tree, statistics: tuple[float, 
         scenes, words = prompts.sample_batch(world, 4096, rng)
         raw = encode_images(vae, vae_params, render.render(world, scenes))
         latents.append((raw - statistics[1]) * statistics[0])
-        captions += words
+        rich = rng.random(len(words)) < config.teacher.rich_captions
+        captions += [prompts.rich_caption(world, s, rng) if r else w for s, w, r in zip(scenes, words, rich)]
     return SceneSet(np.concatenate(latents), token_ids(tokenizers, captions))
 
 
@@ -159,7 +168,7 @@ def train_teacher(config: Any, out: Path) -> None:
         bar.update()
         if (i + 1) % settings.save_every == 0 or i + 1 == settings.steps:
             bar.set_postfix(loss=f"{np.mean(jax.device_get(losses)):.4f}")
-            file.write_bytes(pickle.dumps(jax.device_get(state)))
+            write_whole(file, jax.device_get(state))
             folder = new_pipeline_folder(
                 out / "pipeline",
                 configs,

@@ -14,6 +14,7 @@ import optax
 
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
 from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.mmdit import BUFFERS
 
 Array = jax.Array
 Tree = Any
@@ -72,8 +73,10 @@ def make_optimiser(lr: float, warmup: int, steps: int) -> optax.GradientTransfor
 
 
 def _labels(params: Tree) -> Tree:
+    """By leaf of ``{component: parameters}``: "buffer" for the fixed tables, else "train"."""
+
     def label(path, _):
-        return "buffer" if path[-1].key == "pos_embed" else "train"
+        return "buffer" if ".".join(key.key for key in path[1:]) in BUFFERS else "train"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

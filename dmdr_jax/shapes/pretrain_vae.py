@@ -51,14 +51,17 @@ def train_vae(vae: AutoencoderKL, world: World, *, steps: int, batch: int, lr: f
     return params, latent_statistics(vae, params, world, rng)
 
 
-def finetune_decoder(vae: AutoencoderKL, params: Tree, world: World, *, steps: int, batch: int, lr: float, noise: float, seed: int):
+def finetune_decoder(
+    vae: AutoencoderKL, params: Tree, world: World, *, steps: int, batch: int, lr: float, noise: float, seed: int
+) -> Tree:
     """Goes on with the decoder alone, the latents staying what they are, on means disturbed by ``noise``.
 
     A denoiser's latents are never quite an encoder's; a decoder that has seen some noise forgives that.
     ``noise`` is the largest standard deviation, in units of the latents' own.
     """
     rng = np.random.default_rng(seed)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(lr, steps, 0.01), b2=0.99))
+    schedule = optax.cosine_decay_schedule(lr, steps, 0.01)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
     def loss_fn(decoder: Tree, encoder: Tree, images: Array, key: Array) -> Array:
         tree = encoder | {"decoder": decoder}

@@ -188,6 +188,13 @@ def train_prompts(world: World) -> list[str]:
     return [record["prompt"] for record in train_records(world)]
 
 
+def balanced_train_prompts(world: World) -> list[str]:
+    """The training prompts, each repeated so that all tags have about equally many: the mixture evaluation scores."""
+    by_tag = [[record["prompt"] for record in _split_records(world, tag, False)] for tag in TAGS]
+    most = max(map(len, by_tag))
+    return [prompt for prompts in by_tag for prompt in prompts * max(1, round(most / len(prompts)))]
+
+
 def eval_records(world: World, per_tag: int, seed: int = 0) -> list[Record]:
     """Evaluation records, `per_tag` of each tag in the order of TAGS.
 
@@ -359,6 +366,35 @@ def _pair_records(a: SceneObject, b: SceneObject) -> list[Record]:
     if a.color != b.color:
         records.append(color_attr((a.color, a.shape), (b.color, b.shape)))
     return records
+
+
+def rich_caption(world: World, scene: Scene, rng: np.random.Generator) -> str:
+    """A description of the scene in freer wording than the prompts', in the same words.
+
+    Colours are named or not, object by object, with "and" or with a relation that holds: "a red circle left of a
+    square", "two blue crosses". A few hundred prompts can be learned by heart, and then nothing new is understood;
+    these wordings have to be read. No held-out composition occurs in them.
+    """
+    objects = list(scene.objects)
+    if len(objects) == 1 or len(objects) > 2:
+        return str(rng.choice(captions_of(world, scene) or [""]))
+    a, b = (objects[i] for i in rng.permutation(2))
+    if a.shape == b.shape and a.color == b.color:
+        return f"two {a.color} {plural(a.shape)}"
+    held_out = held_out_compositions(world)
+    names = [obj.shape if rng.random() < 0.35 else f"{obj.color} {obj.shape}" for obj in (a, b)]
+    if a.shape != b.shape and composition(color_attr((a.color, a.shape), (b.color, b.shape))) in held_out:
+        names[rng.integers(2)] = None  # one colour at most
+        names = [name or obj.shape for name, obj in zip(names, (a, b))]
+    joints = ["and"]
+    if a.shape != b.shape:
+        relations = sorted(relations_between(a.box, b.box))
+        allowed = [r for r in relations if composition(position(a.shape, r, b.shape)) not in held_out]
+        joints += allowed * 2
+    joint = str(rng.choice(joints))
+    if joint == "and" and names == [a.shape, b.shape]:
+        names[0] = f"{a.color} {a.shape}"
+    return f"{_article(names[0])} {joint} {_article(names[1])}"
 
 
 def wrong_captions(world: World, record: Record, rng: np.random.Generator) -> list[str]:

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from dmdr_jax.shapes import prompts
 from dmdr_jax.shapes.render import render
-from dmdr_jax.shapes.verifier import JUNK_LIMIT, detect, strict_verdict
+from dmdr_jax.shapes.verifier import JUNK_LIMIT, Detections, detect, strict_verdict
 from dmdr_jax.shapes.world import Scene, SceneObject, World, lattice
 
 Rng = np.random.Generator
@@ -24,6 +24,8 @@ Rng = np.random.Generator
 SCENE_KINDS = ("recolored", "reshaped", "swapped_colors", "swapped_places", "missing", "extra", "collage")
 PICTURE_KINDS = ("ghost", "half", "blend", "patchwork", "blurred", "noisy")
 KINDS = ("clean", *SCENE_KINDS, *PICTURE_KINDS)
+
+MAX_OBJECTS = 4  # remembered of a picture
 
 _PLACE_TRIES = 40
 
@@ -171,19 +173,31 @@ def spoilt(
 # --- truth ---------------------------------------------------------------------------------------------------------
 
 
-def truth_table(world: World, images: np.ndarray, records: Sequence[prompts.Record]) -> np.ndarray:
+def truth_table(world: World, detections: Detections, records: Sequence[prompts.Record]) -> np.ndarray:
     """The strict verdict of every image on every record, bool [n, len(records)]."""
     by_shapes: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for j, record in enumerate(records):
         shapes = sorted(item["class"] for item in record["include"] for _ in range(item["count"]))
         by_shapes[tuple(shapes)].append(j)
-    detections = detect(world, images)
-    table = np.zeros((len(images), len(records)), bool)
+    table = np.zeros((len(detections.objects), len(records)), bool)
     for i, found in enumerate(detections.objects):
         if detections.junk_fraction[i] < JUNK_LIMIT:
             # Only records that ask for exactly these shapes can hold.
             for j in by_shapes.get(tuple(sorted(d.shape for d in found)), ()):
                 table[i, j] = strict_verdict(found, records[j])
+    return table
+
+
+def object_table(world: World, detections: Detections) -> np.ndarray:
+    """The most confident accepted objects of every image, float32 [n, MAX_OBJECTS, 3]: class, x, y (pixels).
+
+    A class is a (color, shape) pair, counted from 1; 0 stands for no object.
+    """
+    table = np.zeros((len(detections.objects), MAX_OBJECTS, 3), np.float32)
+    for i, found in enumerate(detections.objects):
+        for k, d in enumerate(found[:MAX_OBJECTS]):
+            kind = 1 + world.colors.index(d.color) * len(world.shapes) + world.shapes.index(d.shape)
+            table[i, k] = kind, (d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2
     return table
 
 
@@ -197,12 +211,14 @@ class Groups(NamedTuple):
       images: uint8 [g, m, h, w, 3].
       kinds: int [g, m], index into KINDS.
       truth: bool [g, m, c], strict verdict on each of the world's records (`all_world_records`).
+      objects: float32 [g, m, MAX_OBJECTS, 3], what the verifier sees (`object_table`).
       prompt: int [g], the record that the clean scene was drawn for.
     """
 
     images: np.ndarray
     kinds: np.ndarray
     truth: np.ndarray
+    objects: np.ndarray
     prompt: np.ndarray
 
 
@@ -241,8 +257,15 @@ def make_groups(
         kinds.append(kind)
     stacked = (np.stack(images, 1) * 255).round().astype(np.uint8)
     flat = stacked.reshape(-1, *stacked.shape[2:])
-    truth = truth_table(world, flat, all_world_records(world)).reshape(*stacked.shape[:2], -1)
-    return Groups(stacked, np.stack(kinds, 1), truth, np.array([columns[record["prompt"]] for record in records]))
+    detections = detect(world, flat)
+    shape = stacked.shape[:2]
+    return Groups(
+        images=stacked,
+        kinds=np.stack(kinds, 1),
+        truth=truth_table(world, detections, all_world_records(world)).reshape(*shape, -1),
+        objects=object_table(world, detections).reshape(*shape, MAX_OBJECTS, 3),
+        prompt=np.array([columns[record["prompt"]] for record in records]),
+    )
 
 
 def _spoilt_mixture(world: World, choice, records, scenes, clean, rng: Rng) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 from dmdr_jax.rewards.clip_reward import embed_images, embed_texts, split_params
 from dmdr_jax.shapes import rewards
 from dmdr_jax.shapes.reward_data import KINDS, Groups, all_world_records, make_groups
-from dmdr_jax.shapes.reward_training import EQUAL_SHARE, WORSE_KINDS, Trainer, unit_images
+from dmdr_jax.shapes.reward_training import EQUAL_SHARE, WORSE_KINDS, Trainer
 from dmdr_jax.shapes.verifier import judge
 
 Array = jax.Array
@@ -27,6 +27,11 @@ def measure(trainer: Trainer, seed: int = TEST_SEED) -> dict[str, float]:
         found |= taste_metrics(trainer, groups, seed)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
     return metrics
+
+
+def unit_images(images: Array) -> Array:
+    """Each image `[b, h, w, 3]` divided by its L2 norm."""
+    return images / jnp.maximum(jnp.sqrt((images**2).sum((1, 2, 3), keepdims=True)), 1e-12)
 
 
 def repair_metrics(trainer: Trainer, groups: Groups, count: int = 256) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dmdr_jax.shapes.reward_data import KINDS, Groups
 
@@ -49,6 +50,30 @@ def contrastive_loss(cosines: Array, scale: Array, positive: Array, negative: Ar
     logits = cosines * scale
     by_image = multi_positive_nce(logits, positive, negative)
     return 0.5 * (by_image + multi_positive_nce(logits.T, positive.T, negative.T))
+
+
+def patch_labels(objects: Array, image_size: int, patch: int) -> Array:
+    """The class of the object whose centre lies in each patch, 0 for none: int `[b, patches]`.
+
+    Args:
+      objects: `[b, n, 3]`, class (from 1, 0 for none), x and y in pixels.
+    """
+    side = image_size // patch
+    kind, x, y = (objects[..., i] for i in range(3))
+    place = (y // patch) * side + x // patch
+    here = place[..., None] == jnp.arange(side * side)
+    return (kind[..., None] * here).max(1).astype(jnp.int32)
+
+
+def patch_loss(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of `[b, n, classes]` and labels `[b, n]`, patches with and without an object weighing the same."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    some = labels > 0
+
+    def mean(chosen: Array) -> Array:
+        return jnp.where(chosen, loss, 0.0).sum() / jnp.maximum(chosen.sum(), 1)
+
+    return 0.5 * (mean(some) + mean(~some))
 
 
 def preference_loss(better: Array, worse: Array, scale: Array) -> Array:

@@ -19,7 +19,8 @@ def strict_scores(
     """Strict and lenient verdict, overall and strict by tag, of Euler samples with guidance."""
     pipeline = load_pipeline(folder)
     records = prompts.eval_records(world, per_tag, seed)
-    recipe = Recipe(tuple(map(float, flow_match_euler_sigmas(pipeline.scheduler, steps))), parse_kernel("ode"), guidance)
+    grid = tuple(map(float, flow_match_euler_sigmas(pipeline.scheduler, steps)))
+    recipe = Recipe(grid, parse_kernel("ode"), guidance)
     noise = initial_noise(pipeline, world.size, world.size, range(seed, seed + len(records)))
     weights = Weights(pipeline.params["transformer"])
     images = draw_images(pipeline, weights, recipe, [r["prompt"] for r in records], noise, batch=60)

@@ -197,7 +197,7 @@ def _is_step(folder: epath.Path) -> bool:
 def _leaf_table(state: Tree) -> dict[str, list]:
     """{path: [shape, dtype, checksum]} of every leaf."""
     leaves = _named_leaves(state)
-    sums = _checksums(list(leaves.values()))
+    sums = checksums(list(leaves.values()))
     return {name: [list(leaf.shape), str(leaf.dtype), s] for (name, leaf), s in zip(leaves.items(), sums)}
 
 
@@ -206,14 +206,14 @@ def _named_leaves(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
-def _checksums(leaves: list[Any]) -> list[int]:
+def checksums(leaves: list[Any]) -> list[int]:
     """Sum of each leaf's bits modulo 2^32, whatever its sharding.
 
     Orbax checks its index but not the numbers: a flipped bit on disk would otherwise come back as a weight.
     """
     if jax.default_backend() == "cpu" and all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
         return [_host_checksum(np.asarray(leaf)) for leaf in leaves]  # nothing to copy, nothing to compile
-    return np.asarray(_device_checksums(leaves)).tolist()
+    return np.asarray(_devicechecksums(leaves)).tolist()
 
 
 def _host_checksum(leaf: np.ndarray) -> int:
@@ -222,7 +222,7 @@ def _host_checksum(leaf: np.ndarray) -> int:
 
 
 @jax.jit
-def _device_checksums(leaves: list[jax.Array]) -> jax.Array:
+def _devicechecksums(leaves: list[jax.Array]) -> jax.Array:
     """One pass over memory where the leaves lie, uint32 [leaves]."""
     return jnp.stack([jnp.sum(_bits(leaf), dtype=jnp.uint32) for leaf in leaves])
 
@@ -286,7 +286,7 @@ def _check_leaves(folder: epath.Path, saved: dict[str, list], abstract: Tree) ->
 
 def _check_sums(folder: epath.Path, saved: dict[str, list], state: Tree) -> None:
     leaves = _named_leaves(state)
-    for name, checksum in zip(leaves, _checksums(list(leaves.values()))):
+    for name, checksum in zip(leaves, checksums(list(leaves.values()))):
         if name not in saved or saved[name][2] != checksum:
             raise UserError(_damage_message(folder, f"{name} is not what was saved"))
 

@@ -11,6 +11,9 @@ from dmdr_jax.training.state import TrainState
 
 Tree = Any
 
+SPLIT = ("transformer", "text_encoder_3")
+"""Components large enough to be split over fsdp."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -36,12 +39,13 @@ class Layout:
 
     def replicate(self, tree: Tree) -> Tree:
         """One copy of each array on every device."""
-        spec = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        return jax.device_put(tree, spec)
+        return jax.device_put(tree, sharding.replicated(self.mesh))
 
-    def put_parameters(self, tree: Tree) -> Tree:
-        """Parameters by the rule of `dmdr_jax.training.sharding`."""
-        return jax.device_put(tree, sharding.parameter_shardings(self.mesh, tree))
+    def component_shardings(self, component: str, abstract: Tree) -> Tree:
+        """Where a frozen network's tensors go as they are read: the transformer and T5 split, the rest whole."""
+        if component in SPLIT:
+            return sharding.parameter_shardings(self.mesh, abstract)
+        return jax.tree.map(lambda _: sharding.replicated(self.mesh), abstract)
 
     def abstract_state(self, state: TrainState) -> TrainState:
         """Shapes with shardings: a moment is placed like the parameter it follows, scalars on every device."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -16,15 +17,16 @@ from dmdr_jax.data.prompts import PromptStream, load_prompts
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import encode, tokenize
 from dmdr_jax.errors import UserError
-from dmdr_jax.objectives.base import Term, active_terms
+from dmdr_jax.evaluation.environment import command
+from dmdr_jax.objectives.base import DM_DRAW, Term, active_terms
 from dmdr_jax.rewards.clip_reward import ClipReward
 from dmdr_jax.training import setup
-from dmdr_jax.training.checkpoints import FOLDER, Checkpoints
+from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
+from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.preview import Preview
-from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState
-from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
+from dmdr_jax.training.step import NOISE_BIN, Batch, Frozen, Plan, fake_step, generator_step
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -36,10 +38,11 @@ SHOWN = ("dm/score_gap", "fake/loss", "reward/loss")
 def train(config: Any, workdir: str | Path) -> TrainState:
     """Runs (or goes on with) the run of ``config`` in ``workdir``; returns the last state."""
     workdir = Path(workdir)
+    setup.check(config)
     prompts = load_prompts(config.prompts)
     layout = Layout.make(config.mesh.data, config.mesh.fsdp)
     layout.check_batch(config.batch)
-    pipeline = setup.load_teacher(config)
+    pipeline = setup.load_teacher(config, layout)
     rewards = setup.load_rewards(config)
     terms = setup.make_terms(config, rewards)
     plan = setup.make_plan(config, pipeline, rewards)
@@ -56,29 +59,31 @@ def train(config: Any, workdir: str | Path) -> TrainState:
     encode_batch = make_encoder(pipeline, rewards, layout)
     updates = Updates(plan, terms)
     preview = Preview.make(config, pipeline, plan, prompts, workdir)
-    with MetricWriter(workdir, resume_step=start) as writer, Progress(config.steps, start, SHOWN) as progress:
+    with (
+        checkpoints,  # also when an error ends the run, a save under way is finished
+        MetricWriter(workdir, resume_step=start) as writer,
+        Progress(config.steps, start, SHOWN) as progress,
+    ):
         progress.note(f"{layout}; {describe(pipeline, plan, state)}; from step {start} of {config.steps}")
         preview.teacher(writer, start)
-        pending: tuple[int, Metrics] | None = None
-        inner = int(state.inner)
-        while start < config.steps:
+        pending, seen, step, inner = None, [], start, int(state.inner)
+        while step < config.steps:
             batch = encode_batch(stream.batch(inner))
-            state, fake_metrics = updates.fake(state, frozen, batch)
+            state, metrics = updates.fake(step, state, frozen, batch)
+            seen.append(metrics)
             inner += 1
             if not generator_turn(inner - 1, config.fake.updates):
                 continue
-            step = start
             state, metrics = updates.generator(step, state, frozen, batch)
-            start = step + 1
-            report(pending, writer, progress, checkpoints)
-            pending = (start, {**fake_metrics, **metrics})
-            if start % config.checkpoint.every == 0 or start == config.steps:
+            step += 1
+            pending = report(pending, writer, progress, checkpoints, then=(step, [*seen, metrics]))
+            seen = []
+            if step % config.checkpoint.every == 0 or step == config.steps:
                 pending = report(pending, writer, progress, checkpoints)
-                checkpoints.save(start, state, meta)
-            if start % config.preview.every == 0 or start == config.steps:
-                preview.student(writer, start, state, frozen)
+                checkpoints.save(step, state, meta)
+            if step % config.preview.every == 0 or step == config.steps:
+                preview.student(writer, step, state, frozen)
         report(pending, writer, progress, checkpoints)
-    checkpoints.close()
     return state
 
 
@@ -95,8 +100,14 @@ class Updates:
 
     def __init__(self, plan: Plan, terms: Sequence[Term]):
         self._plan, self._terms = plan, tuple(terms)
-        self.fake: Callable = jax.jit(partial(fake_step, plan), donate_argnums=0)
+        self._fake: Callable = jax.jit(partial(fake_step, plan), donate_argnums=0)
         self._generator: dict[tuple[Term, ...], Callable] = {}
+
+    def fake(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update of the fake score; where no active term reads the scores, only the counter moves."""
+        if not any(DM_DRAW in term.needs for term in active_terms(self._terms, step)):
+            return state._replace(inner=state.inner + 1), {}
+        return self._fake(state, frozen, batch)
 
     def generator(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         active = active_terms(self._terms, step)
@@ -109,8 +120,8 @@ def freeze(pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout) ->
     """The frozen networks on their devices, and the unconditional prompt."""
     encoded = jax.jit(partial(encode, pipeline.modules))(text_params(pipeline), tokenize(pipeline, [""]))
     return Frozen(
-        base=layout.put_parameters(pipeline.params["transformer"]),
-        vae=layout.replicate(pipeline.params["vae"]),
+        base=pipeline.params["transformer"],
+        vae=pipeline.params["vae"],
         rewards={reward.spec.name: layout.replicate(reward.params) for reward in rewards},
         uncond=layout.replicate(encoded),
     )
@@ -120,11 +131,9 @@ def text_params(pipeline: Pipeline) -> dict[str, Any]:
     return {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
 
 
-def make_encoder(
-    pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout
-) -> Callable[[Sequence[str]], Batch]:
+def make_encoder(pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout) -> Callable[[Sequence[str]], Batch]:
     """Prompts to a `Batch` on the devices; nothing waits for the result."""
-    params = layout.replicate(text_params(pipeline))
+    params = text_params(pipeline)
     encode_text = jax.jit(partial(encode, pipeline.modules))
 
     def encode_batch(prompts: Sequence[str]) -> Batch:
@@ -147,21 +156,36 @@ def first_or_latest_state(
     return jax.jit(make, out_shardings=shardings)(frozen.base)
 
 
+Pending = tuple[int, list[Metrics]]
+"""A generator step and the metrics of the updates that led to it, still on the device."""
+
+
 def report(
-    pending: tuple[int, Metrics] | None, writer: MetricWriter, progress: Progress, checkpoints: Checkpoints
-) -> None:
-    """Fetches and writes one step's metrics, a step late so that the device is never waited for.
+    pending: Pending | None,
+    writer: MetricWriter,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    then: Pending | None = None,
+) -> Pending | None:
+    """Fetches and writes one step's metrics, a step late so that the device is never waited for; returns ``then``.
+
+    A metric of several updates is averaged, over those that have it.
 
     Raises:
       UserError: a number is not finite; the update that made it was not applied and nothing was saved since.
     """
     if pending is None:
-        return None
-    step, metrics = pending
-    numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    numbers = {k: v for k, v in numbers.items() if not (k.startswith("fake_by_noise/") and math.isnan(v))}
+        return then
+    step, updates = pending
+    values: dict[str, list[float]] = {}
+    for metrics in jax.device_get(updates):
+        for name, value in metrics.items():
+            if not (name.startswith(NOISE_BIN) and math.isnan(value)):  # a noise level that no sample had
+                values.setdefault(name, []).append(float(value))
+    numbers = {name: sum(several) / len(several) for name, several in values.items()}
     bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
     if bad:
+        checkpoints.wait()
         last = checkpoints.latest()
         raise UserError(
             f"{bad[0]} is not finite at generator step {step} (not finite: {', '.join(bad)}); the last good checkpoint "
@@ -170,13 +194,15 @@ def report(
         )
     writer.scalars(step, numbers)
     progress.update(step, numbers)
-    return None
+    return then
 
 
 def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
     """What a checkpoint says of itself: enough to refuse another model and to export without the config file."""
+    weights = jax.tree.leaves(pipeline.params["transformer"])
     model = {
         "family": pipeline.family,
+        "teacher_checksum": zlib.crc32(repr(checksums(weights)).encode()),
         "transformer": pipeline.configs["transformer"],
         "generator": config.generator.to_dict() if plan.generator_lora_scale is not None else {"kind": "full"},
     }
@@ -186,14 +212,16 @@ def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         "latent_shape": list(plan.latent_shape),
         "generator_lora_scale": plan.generator_lora_scale,
     }
-    return {"model": json.loads(json.dumps(model)), "teacher": config.model, "student": recipe, "config": _plain(config)}
+    model = json.loads(json.dumps(model))  # as it will be read back
+    return {"model": model, "teacher": config.model, "student": recipe, "config": _plain(config)}
 
 
 def write_config(workdir: Path, config: Any, meta: dict[str, Any]) -> None:
     """``config.json``: the whole configuration, and the versions it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {"dmdr_jax": __version__, **{name: version(name) for name in packages}}
-    document = {"config": meta["config"], "versions": versions, "devices": [str(d) for d in jax.devices()]}
+    devices = [str(device) for device in jax.devices()]
+    document = {"command": command(), "config": meta["config"], "versions": versions, "devices": devices}
     (workdir / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 

@@ -36,15 +36,16 @@ class Preview:
     def make(cls, config: Any, pipeline: Pipeline, plan: Plan, prompts: list[str], workdir: Path) -> "Preview":
         count = config.preview.images
         spread = [prompts[i * len(prompts) // count % len(prompts)] for i in range(count)]
-        height, width = (side * pipeline.modules["vae"].config.downsampling for side in plan.latent_shape[:2])
-        tokens = height * width // pipeline.modules["transformer"].config.patch_size ** 2
+        factor, patch = (pipeline.modules[n].config for n in ("vae", "transformer"))
+        tokens = plan.latent_shape[0] * plan.latent_shape[1] // patch.patch_size**2
+        height, width = (side * factor.downsampling for side in plan.latent_shape[:2])
         sigmas = flow_match_euler_sigmas(pipeline.scheduler, config.preview.teacher_steps, tokens)
         recipe = Recipe(tuple(map(float, sigmas)), parse_kernel("ode"), config.guidance.scale)
         noise = initial_noise(pipeline, height, width, range(count))
         return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER)
 
     def teacher(self, writer: MetricWriter, step: int) -> None:
-        """The teacher's grid, and at step 0 the teacher at the student's few steps, where the student starts."""
+        """The prompts and the teacher's grid, where they are not there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
         if not (self.folder / "teacher.png").exists():

@@ -21,10 +21,12 @@ from dmdr_jax.objectives.refl import ReFL
 from dmdr_jax.rewards.base import RewardSpec
 from dmdr_jax.rewards.clip_reward import ClipReward, load_clip_reward
 from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
 from dmdr_jax.training.step import FAKE_DATA, Plan
 
 Tree = Any
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
 GRIDS = {"uniform": student_grid, "authors": authors_grid}
 LORA_TARGETS = {"attention": lora.SD3_TARGETS, "wide": lora.SD3_WIDE_TARGETS}
 
@@ -36,14 +38,47 @@ def choice(what: str, value: str, known: Any) -> Any:
     return known[value] if isinstance(known, dict) else value
 
 
-def load_teacher(config: Any) -> Pipeline:
-    """The frozen networks, in the configured types."""
-    dtypes = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
-    base = choice("config.base_dtype", config.base_dtype, dtypes)
-    compute = choice("config.compute_dtype", config.compute_dtype, dtypes)
+COUNTS = (
+    "steps",
+    "batch",
+    "student.steps",
+    "fake.updates",
+    "fake.lora.rank",
+    "generator.lora.rank",
+    "preview.every",
+    "preview.images",
+    "preview.teacher_steps",
+    "checkpoint.every",
+    "checkpoint.keep",
+)
+"""Keys that must be at least 1."""
+
+
+def check(config: Any) -> None:
+    """Refuses numbers that mean nothing, before anything is loaded."""
+    for key in COUNTS:
+        node = config
+        for name in key.split("."):
+            node = node[name]
+        if node < 1:
+            raise UserError(f"config.{key} must be at least 1, not {node}.")
+    if config.seed < 0:
+        raise UserError(f"config.seed must not be negative, and is {config.seed}.")
+
+
+def load_teacher(config: Any, layout: Layout) -> Pipeline:
+    """The frozen networks, in the configured types, each tensor placed as it arrives."""
+    base = choice("config.base_dtype", config.base_dtype, DTYPES)
+    compute = choice("config.compute_dtype", config.compute_dtype, DTYPES)
     if not config.model:
         raise UserError("config.model is empty: give a diffusers folder, a hub id, or shapes:sd3.")
-    pipeline = load_pipeline(resolve(config.model), dtype=base, compute_dtype=compute, variant=config.variant or None)
+    pipeline = load_pipeline(
+        resolve(config.model),
+        dtype=base,
+        compute_dtype=compute,
+        sharding=layout.component_shardings,
+        variant=config.variant or None,
+    )
     if config.remat != "none":
         pipeline.modules["transformer"] = pipeline.modules["transformer"].clone(remat=config.remat)
     return pipeline
@@ -53,7 +88,8 @@ def load_rewards(config: Any) -> tuple[ClipReward, ...]:
     """The rewards of the run, in the order of their names."""
     specs = [RewardSpec(name=name, **config.rewards[name].to_dict()) for name in sorted(config.rewards)]
     specs = [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.weight]
-    return tuple(load_clip_reward(spec) for spec in specs)
+    dtype = choice("config.base_dtype", config.base_dtype, DTYPES)
+    return tuple(load_clip_reward(spec, dtype, remat=config.remat != "none") for spec in specs)
 
 
 def make_terms(config: Any, rewards: tuple[ClipReward, ...]) -> tuple[Term, ...]:
@@ -80,7 +116,7 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) 
     renoise = RenoiseTimes(
         dynamics.steps if dynamics.rs == "dynamic" else 0, dynamics.tau_low, dynamics.tau_high, dynamics.rs == "hold"
     )
-    fake_alpha = config.fake.lora.alpha / config.fake.lora.rank
+    fake_alpha = lora_config(config.fake.lora).scale
     is_lora = choice("config.generator.kind", config.generator.kind, ("lora", "full")) == "lora"
     return Plan(
         denoiser=Denoiser(pipeline.modules["transformer"], Flow()),
@@ -88,7 +124,7 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) 
         rewards=rewards,
         simulation=simulation,
         renoise=renoise,
-        generator_lora_scale=config.generator.lora.alpha / config.generator.lora.rank if is_lora else None,
+        generator_lora_scale=lora_config(config.generator.lora).scale if is_lora else None,
         fake_scale=config.fake.scale * fake_alpha,
         dg_initial=dynamics.dg * fake_alpha,
         dynamic_steps=dynamics.steps,

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmdr_jax.models.mmdit import BUFFERS
+
 Array = jax.Array
 Tree = Any
-
-BUFFERS = frozenset({"pos_embed"})
-"""Leaves of a network that are stored with it but never trained: fixed tables."""
 
 
 class TrainState(NamedTuple):
@@ -63,12 +62,12 @@ def purpose_key(state: TrainState, counter: Array, purpose: str) -> Array:
     return jax.random.fold_in(jax.random.fold_in(root, counter), zlib.crc32(purpose.encode()) & 0x7FFFFFFF)
 
 
-def without_buffers(params: Tree) -> Tree:
-    """The trainable part of a full parameter tree, as fp32."""
+def without_buffers(params: Tree, path: str = "") -> Tree:
+    """The trainable part of a full parameter tree, as fp32: all but its fixed tables."""
     if not isinstance(params, dict):
         return params.astype(jnp.float32)
-    trimmed = {k: without_buffers(v) for k, v in params.items() if k not in BUFFERS or isinstance(v, dict)}
-    return {k: v for k, v in trimmed.items() if not (isinstance(v, dict) and not v)}
+    trimmed = {k: without_buffers(v, f"{path}{k}.") for k, v in params.items() if f"{path}{k}" not in BUFFERS}
+    return {k: v for k, v in trimmed.items() if not isinstance(v, dict) or v}
 
 
 def with_buffers(trained: Tree, base: Tree) -> Tree:

@@ -32,6 +32,7 @@ Metrics = dict[str, Array]
 
 FAKE_DATA = ("student_x0", "simulated")
 NOISE_BINS = 4
+NOISE_BIN = "fake_by_noise/"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +102,7 @@ def _simulate(plan: Plan, state: TrainState, frozen: Frozen, cond: Conditioning,
         plan.denoiser.process,
         noise,
         purpose_key(state, state.inner, f"{purpose}/simulation"),
+        with_sample=purpose == "fake",
     )
 
 
@@ -193,6 +195,6 @@ def _by_noise_level(per_sample: Array, tau: Array) -> Metrics:
     count = member.sum(1)
     mean = jnp.where(member, per_sample[None], 0.0).sum(1) / jnp.maximum(count, 1)
     return {
-        f"fake_by_noise/tau_{i / NOISE_BINS:.2f}_{(i + 1) / NOISE_BINS:.2f}": jnp.where(count[i] > 0, mean[i], jnp.nan)
+        f"{NOISE_BIN}tau_{i / NOISE_BINS:.2f}_{(i + 1) / NOISE_BINS:.2f}": jnp.where(count[i] > 0, mean[i], jnp.nan)
         for i in range(NOISE_BINS)
     }

@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 from dmdr_jax.data.prompts import PromptStream, epoch_order, load_prompts, read_eval_records
 from dmdr_jax.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = ["a red circle", "naïve café", "日本の猫"]
 
 
@@ -68,26 +70,35 @@ def test_shapes_train_leaves_out_the_held_out_compositions():
     assert load_prompts("shapes:large:train") != prompts
 
 
-TFDS_PROGRAM = """
-    import sys, numpy as np, tensorflow_datasets as tfds
-    from dmdr_jax.data.prompts import load_prompts
-    from dmdr_jax.errors import UserError
+TFDS_BUILDER = """
+    import numpy as np
+    import tensorflow_datasets as tfds
 
     class TinyCaptions(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # TFDS would look for checksums of downloads beside it
+
         def _info(self):
             features = tfds.features.FeaturesDict({"caption": tfds.features.Text(), "index": np.int64})
             return self.dataset_info_from_configs(features=features)
+
         def _split_generators(self, manager):
             return {"train": self._generate_examples()}
+
         def _generate_examples(self):
             for i in range(4):
-                yield i, {"caption": f"prompt {i} \\u00e9", "index": i}
+                yield i, {"caption": f"prompt {i} \u00e9", "index": i}
+"""
 
-    folder = sys.argv[1]
-    builder = TinyCaptions(data_dir=folder, file_format="array_record")
+TFDS_PROGRAM = """
+    import sys
+    from tiny_captions.builder import TinyCaptions
+    from dmdr_jax.data.prompts import load_prompts
+    from dmdr_jax.errors import UserError
+
+    builder = TinyCaptions(data_dir=sys.argv[1], file_format="array_record")
     builder.download_and_prepare()
-    all_four = [f"prompt {i} \\u00e9" for i in range(4)]
+    all_four = [f"prompt {i} \u00e9" for i in range(4)]
     assert sorted(load_prompts(f"tfds:{builder.data_dir}")) == all_four
     assert sorted(load_prompts(f"tfds:{builder.data_dir}:train")) == all_four
     assert len(load_prompts(f"tfds:{builder.data_dir}:train[:2]")) == 2
@@ -106,9 +117,13 @@ TFDS_PROGRAM = """
 def test_tfds_array_record_without_tensorflow(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
-    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path)}
-    program = write(tmp_path / "program.py", textwrap.dedent(TFDS_PROGRAM))
-    command = [sys.executable, program, str(tmp_path)]
+    package = tmp_path / "tiny_captions"
+    package.mkdir()
+    write(package / "__init__.py", "")
+    write(package / "builder.py", textwrap.dedent(TFDS_BUILDER))
+    command = [sys.executable, "-c", textwrap.dedent(TFDS_PROGRAM), str(tmp_path / "data")]
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": paths}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -43,7 +43,7 @@ def copy(folders, tmp_path):
 
 def perturbed(tree):
     """Another tree of the same shapes, exact in bfloat16, so that every stored type keeps it."""
-    return jax.tree.map(lambda x: (x.astype(jnp.bfloat16) * 2).astype(x.dtype), tree)
+    return jax.tree.map(lambda x: 2 * np.asarray(x).astype(jnp.bfloat16).astype(x.dtype), tree)
 
 
 def assert_same_trees(a, b):

@@ -71,7 +71,7 @@ def test_kernels_have_names(text):
     assert str(parse_kernel(text)) == text
 
 
-@pytest.mark.parametrize("text", ["euler", "cps", "cps(1.5)", "cps(-1)", ""])
+@pytest.mark.parametrize("text", ["euler", "cps", "cps(1.5)", "cps(-1)", "cps(0.1.2)", ""])
 def test_unknown_kernels_are_refused(text):
     with pytest.raises(UserError, match="ode, renoise or cps"):
         parse_kernel(text)

@@ -12,7 +12,9 @@ def test_dyna_dg_follows_the_cosine(step, expected):
     assert dyna_dg_scale(step, 0.5, 2000) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("step, expected", [(0, (4.0, 1.5)), (1000, (2.5, 1.25)), (2000, (1.0, 1.0)), (9999, (1.0, 1.0))])
+@pytest.mark.parametrize(
+    "step, expected", [(0, (4.0, 1.5)), (1000, (2.5, 1.25)), (2000, (1.0, 1.0)), (9999, (1.0, 1.0))]
+)
 def test_dyna_rs_beta_parameters(step, expected):
     assert np.allclose(dyna_rs_beta(step, 2000), expected, atol=1e-5)
 

@@ -47,6 +47,8 @@ def test_inputs_are_states_of_the_inference_sampler(mode, shared):
     assert (len(set(index)) == 1) == shared
     assert np.allclose(given.z, np.asarray(trajectory.states)[index, rows], atol=1e-6)
     assert np.allclose(given.simulated, np.asarray(trajectory.x0)[index, rows], atol=1e-5)
+    lean = simulation.student_input(output_fn, FLOW, noise, jax.random.key(0), with_sample=False)
+    assert np.allclose(lean.z, given.z, atol=1e-6) and lean.simulated is None
 
 
 def test_renoise_uses_the_estimate_of_the_step_before():
@@ -76,6 +78,7 @@ def test_sampler_is_the_rollouts_last_estimate():
         trajectory = rollout(output_fn, FLOW, kernel, noise, GRID, jax.random.key(4))
         drawn = sample(output_fn, FLOW, kernel, noise, GRID, jax.random.key(4))
         assert np.allclose(drawn, trajectory.x0[-1], atol=1e-6)
+        assert np.allclose(drawn, trajectory.states[-1], atol=1e-6)
 
 
 def test_no_gradient_flows_through_the_simulation():

@@ -15,11 +15,10 @@ from dmdr_jax.shapes.world import SMALL
 SCORERS = ("reward/shapes_clip", "judge/shapes_judge")
 
 
-def write_results(folder: Path, shares: dict[str, float], per_tag: int = 12, bonus: float = 0.0) -> dict[str, Any]:
+def write_results(folder: Path, shares: dict[str, float], per_tag: int = 8) -> None:
     """An evaluation whose model NAME draws the share ``shares[NAME]`` of its prompts perfectly, and noise else.
 
-    The first name is the teacher, the second the baseline; the last model's trained reward gets ``bonus``.
-    Returns what `dmdr_jax.evaluation.results.read` reads back.
+    The first name is the teacher, the second the baseline.
     """
     records = eval_records(SMALL, per_tag, seed=0)
     n, rng = len(records), np.random.default_rng(0)
@@ -27,14 +26,13 @@ def write_results(folder: Path, shares: dict[str, float], per_tag: int = 12, bon
     static = rng.random(perfect.shape, np.float32)
     pictures = {k: np.where((rank < share)[:, None, None, None], perfect, static) for k, share in shares.items()}
     references = {"renders": shapes_eval.reference_features(SMALL, records)}
-    references["teacher"] = frechet_features(next(iter(pictures.values())))
     names = list(pictures)
     measured = {}
     for name, images in pictures.items():
         seen = shapes_eval.measure(SMALL, images, records, references)
         scores = dict.fromkeys(SCORERS, seen.per_image["partial"] * 0.1)
-        scores["reward/shapes_clip"] = scores["reward/shapes_clip"] + bonus * (name == names[-1])
         measured[name] = Measured(seen.per_image | scores, seen.statistics)
+        references.setdefault("teacher", frechet_features(images))
     units, subsets = np.array([r["prompt"] for r in records]), shapes_eval.subsets(records)
     rows = [_row(name, measured, names[:2], units, subsets) for name in names]
     results = {
@@ -54,7 +52,6 @@ def write_results(folder: Path, shares: dict[str, float], per_tag: int = 12, bon
     files.write(folder, results)
     stored = {f"model_{i}": np.round(images * 255).astype(np.uint8) for i, images in enumerate(pictures.values())}
     np.savez_compressed(folder / files.IMAGES_FILE, index=np.arange(n), **stored)
-    return files.read(folder)
 
 
 def _row(name: str, measured: dict[str, Measured], references: list[str], units: Any, subsets: Any) -> dict[str, Any]:

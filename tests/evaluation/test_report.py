@@ -10,10 +10,9 @@ from PIL import Image
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation.curves import Series, line_chart, series_of, smooth, thin, ticks
 from dmdr_jax.evaluation.report import joint_start, write_report
-from dmdr_jax.evaluation.results import Column
+from dmdr_jax.evaluation.results import Column, read
 from dmdr_jax.evaluation.table import Estimate
 from dmdr_jax.evaluation.verdict import caution, finding, findings, primary_column
-from tests.evaluation.sample_results import write_results
 
 REWARD = {"path": "shapes:rewards/shapes_clip", "weight": 0.5, "start": 100, "ramp": 20}
 CONFIG = {
@@ -42,13 +41,6 @@ def run(tmp_path):
     return folder
 
 
-@pytest.fixture(scope="module")
-def evaluation(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
-    write_results(folder, {"teacher": 0.7, "teacher4": 0.3, "student": 0.6})
-    return folder
-
-
 def page(run, evaluation, tmp_path):
     write_report(run, evaluation, tmp_path / "report.html")
     return (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -65,11 +57,11 @@ def test_page_loads_nothing_from_elsewhere(run, evaluation, tmp_path):
 
 def test_page_shows_pictures_curves_table_and_commands(run, evaluation, tmp_path):
     html = page(run, evaluation, tmp_path)
-    assert html.count('class="card"') > 20  # up to four prompts of each of six tasks; some have fewer
+    assert html.count('class="card"') > 15  # up to four prompts of each of six tasks; some have fewer
     assert html.count('class="small') >= 3 * html.count('class="card"')
     assert html.count("<svg") == 3
     assert html.count("rewards set in") == 3
-    assert re.search(r"<td>student</td><td>2</td>.*0\.\d+ <small>±0\.\d+</small>", html)
+    assert re.search(r"<td>student</td><td>2</td>.*0\.\d+<small>±0\.\d+</small>", html)
     for program in ("train", "sample", "export", "evaluate", "report"):
         assert f"python -m dmdr_jax.{program}" in html
     assert "run &lt;1&gt;" in html
@@ -112,36 +104,36 @@ def test_half_written_preview_is_left_out(run, tmp_path):
 # --- the verdict ---------------------------------------------------------------------------------------------------
 
 
-def test_verdict_both_ways(evaluation, tmp_path):
-    good = write_results(tmp_path / "good", {"teacher": 0.7, "teacher4": 0.3, "student": 0.6})
-    outcomes = {f.other: f.outcome for f in findings(good)}
-    assert outcomes["teacher4"] == "better"
-    bad = write_results(tmp_path / "bad", {"teacher": 0.7, "teacher4": 0.6, "student": 0.2})
-    assert {f.outcome for f in findings(bad)} == {"worse"}
-    same = write_results(tmp_path / "same", {"teacher": 0.61, "teacher4": 0.6, "student": 0.6})
-    assert {f.outcome for f in findings(same)} == {"undecided"}
-
-
-def test_findings_name_both_models_and_their_cost(evaluation, tmp_path):
-    results = write_results(tmp_path, {"teacher": 0.7, "teacher4": 0.3, "student": 0.6})
-    first, second = findings(results)
+def test_findings_start_with_the_baseline_and_name_the_cost(evaluation):
+    first, second = findings(read(evaluation))
     assert (first.other, second.other) == ("teacher4", "teacher")
     assert first.text.startswith("student (2 steps, 2 NFE) against teacher4 (2 steps, 2 NFE): better")
 
 
-def model(strict, reward=0.0, entropy=1.0, **differences):
+def model(name="m", strict=0.6, reward=0.0, entropy=1.0, gains=()):
+    """A model with standard errors of 0.01 on everything; ``gains`` are its differences from model "o"."""
     summary = {"strict": strict, "reward/r": reward, "color_entropy": entropy}
     return {
-        "name": "m",
+        "name": name,
         "grid": [1.0, 0.0],
         "nfe": 1,
         "summary": {k: Estimate(v, 0.01, 9) for k, v in summary.items()},
-        "differences": {"o": {k.replace("__", "/"): Estimate(v, 0.01, 9) for k, v in differences.items()}},
+        "differences": {"o": {k: Estimate(v, 0.01, 9) for k, v in zip(summary, gains)}},
     }
 
 
 COLUMNS = [Column("strict", "strict", 1), Column("reward/r", "r", 1), Column("color_entropy", "color", 1)]
-OTHER = {**model(0.6), "name": "o"}
+OTHER = model("o")
+
+
+@pytest.mark.parametrize(
+    ("gain", "outcome"), [(0.03, "better"), (-0.03, "worse"), (0.015, "undecided"), (0, "undecided")]
+)
+def test_verdict_goes_both_ways(gain, outcome):
+    got = finding(COLUMNS, model(strict=0.6 + gain, gains=(gain, 0, 0)), OTHER)
+    assert got.outcome == outcome
+    assert f"m (1 step, 1 NFE) against o (1 step, 1 NFE): {outcome}" in got.text
+    assert f"{gain:+.3f} ± 0.010" in got.text
 
 
 @pytest.mark.parametrize(
@@ -149,13 +141,13 @@ OTHER = {**model(0.6), "name": "o"}
     [(-0.1, 0.1, 1.0, True), (0.1, 0.1, 1.0, False), (0.0, 0.1, 0.3, True), (-0.1, 0.0, 1.0, False)],
 )
 def test_reward_hacking_is_called_by_its_name(strict, reward, entropy, hacked):
-    student = model(0.6 + strict, reward, entropy, strict=strict, reward__r=reward, color_entropy=entropy - 1)
+    student = model("m", 0.6 + strict, reward, entropy, gains=(strict, reward, entropy - 1))
     assert ("reward hacking" in finding(COLUMNS, student, OTHER).text) == hacked
 
 
 def test_a_weak_teacher_is_a_caution():
-    assert "0.300" in caution({"models": [model(0.3)]})
-    assert caution({"models": [model(0.6)]}) == ""
+    assert "0.300" in caution({"models": [model(strict=0.3)]})
+    assert caution({"models": [model(strict=0.6)]}) == ""
 
 
 def test_what_decides_where_there_is_no_verifier():
@@ -177,7 +169,8 @@ def test_series_leave_out_what_was_not_logged():
 
 def test_smoothing_keeps_straight_lines_and_levels_noise():
     line = np.linspace(0, 1, 200)
-    assert np.allclose(smooth(line), line)
+    assert np.allclose(smooth(line)[10:-10], line[10:-10])
+    assert smooth(line)[0] > line[0]  # half a window at the end: no last point stands alone
     noise = np.random.default_rng(0).normal(size=2000)
     assert smooth(noise).std() < 0.2 * noise.std()
 
@@ -190,14 +183,15 @@ def test_thinning_keeps_the_mean():
 
 
 def test_ticks_are_round_and_inside():
-    assert ticks(0, 1) == [0, 0.5, 1] or ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert ticks(0, 1, 6) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert ticks(-3, 307, 6) == [0, 100, 200, 300]
-    assert all(0.013 <= t <= 0.019 for t in ticks(0.013, 0.019))
+    assert all(0.013 <= t <= 0.019 for t in ticks(0.013, 0.019, 6))
+    assert len(ticks(0.013, 0.019, 6)) > 2
 
 
 @pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [0.0, 1.0, -1.0]])
 def test_chart_of_any_curve_is_finite(values):
-    svg = line_chart([Series("x", np.arange(len(values)) + 1.0, np.array(values))], "x", (1, "here"))
+    svg = line_chart([Series("x", np.arange(len(values)) + 1.0, np.array(values))], "x", len(values), (1, "here"))
     assert "nan" not in svg
     assert "inf" not in svg
     assert "here" in svg

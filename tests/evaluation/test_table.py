@@ -72,6 +72,14 @@ def test_pairing_removes_what_prompts_share():
     assert got.se < 0.01 < math.hypot(estimate(a).se, estimate(b).se)
 
 
+def test_equal_verdicts_are_undecided_with_an_error():
+    got = paired(np.zeros(30, bool), np.zeros(30, bool))
+    assert (got.mean, got.se) == (0.0, pytest.approx(math.sqrt(2 / 32 / 32)))
+    won = paired(np.ones(30, bool), np.zeros(30, bool))
+    assert won.mean == 1.0
+    assert 0 < won.se < 0.1
+
+
 def test_paired_verdicts_are_subtracted_as_numbers():
     assert paired(np.array([True, False]), np.array([False, False])).mean == 0.5
 

@@ -16,16 +16,16 @@ TOLERANCE = 1e-5
 
 
 def diffusers_config(**changes) -> dict:
-    config = dict(
-        latent_channels=16,
-        block_out_channels=[4, 8, 12],
-        layers_per_block=1,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    )
+    config = {
+        "latent_channels": 16,
+        "block_out_channels": [4, 8, 12],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+    }
     config.update(changes)
     blocks = len(config["block_out_channels"])
     config["down_block_types"] = ["DownEncoderBlock2D"] * blocks
@@ -117,7 +117,7 @@ def test_matches_diffusers(variant):
 
     raw = noise(2, *latent_shape, channels)
     cotangent = noise(3, 2, latent_shape[1] * factor, latent_shape[2] * factor, 3)
-    value, grad = jax_value_and_grad(jax.jit(decode), raw, cotangent)
+    value, grad = jax_value_and_grad(decode, params, raw, cotangent)
     expected, expected_grad = torch_value_and_grad(lambda z: theirs.decode(z).sample, raw, cotangent)
     assert relative_error(value, expected) < TOLERANCE
     assert relative_error(grad, expected_grad) < TOLERANCE

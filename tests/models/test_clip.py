@@ -19,25 +19,25 @@ from dmdr_jax.models.clip import (
 from tests.torch_weights import abstract_params, from_torch, randomise
 
 TOLERANCE = 1e-5
-TEXT = dict(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    max_position_embeddings=11,
-    projection_dim=14,
-    eos_token_id=49,
-)
-VISION = dict(
-    hidden_size=20,
-    intermediate_size=36,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=15,
-    patch_size=5,
-    projection_dim=14,
-)
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 11,
+    "projection_dim": 14,
+    "eos_token_id": 49,
+}
+VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 15,
+    "patch_size": 5,
+    "projection_dim": 14,
+}
 LEGACY_EOS = 2
 
 
@@ -77,10 +77,10 @@ def torch_text_model(settings: dict, with_projection: bool):
 
 
 TEXT_VARIANTS = {
-    "clip_l_projection": (dict(hidden_act="quick_gelu", eos_token_id=LEGACY_EOS), True, 9),
-    "clip_l": (dict(hidden_act="quick_gelu", eos_token_id=LEGACY_EOS), False, 11),
-    "big_g": (dict(hidden_act="gelu", num_attention_heads=4, projection_dim=24), True, 5),
-    "one_layer": (dict(hidden_act="gelu_new", num_hidden_layers=1, layer_norm_eps=1e-3), True, 7),
+    "clip_l_projection": ({"hidden_act": "quick_gelu", "eos_token_id": LEGACY_EOS}, True, 9),
+    "clip_l": ({"hidden_act": "quick_gelu", "eos_token_id": LEGACY_EOS}, False, 11),
+    "big_g": ({"hidden_act": "gelu", "num_attention_heads": 4, "projection_dim": 24}, True, 5),
+    "one_layer": ({"hidden_act": "gelu_new", "num_hidden_layers": 1, "layer_norm_eps": 1e-3}, True, 7),
 }
 
 
@@ -101,7 +101,7 @@ def test_text_model_matches_transformers(variant):
     last = out.last_hidden_state
     # transformers pools inside the text model; its WithProjection variant keeps the result to itself.
     pooled = last[torch.arange(len(ids)), torch.from_numpy((ids == TEXT["eos_token_id"]).argmax(-1))]
-    expected = dict(penultimate=out.hidden_states[-2], last=last, pooled=pooled)
+    expected = {"penultimate": out.hidden_states[-2], "last": last, "pooled": pooled}
     expected["projected"] = out.text_embeds if with_projection else out.pooler_output
     cotangents = {k: rng.standard_normal(expected[k].shape).astype(np.float32) for k in names}
     total = sum((expected[k] * torch.from_numpy(cotangents[k])).sum() for k in names)
@@ -137,9 +137,11 @@ def test_pooling_rule(eos):
 def test_whole_clip_matches_transformers(act):
     import transformers
 
-    settings = dict(
-        projection_dim=14, text_config=TEXT | {"hidden_act": act}, vision_config=VISION | {"hidden_act": act}
-    )
+    settings = {
+        "projection_dim": 14,
+        "text_config": TEXT | {"hidden_act": act},
+        "vision_config": VISION | {"hidden_act": act},
+    }
     theirs = randomise(transformers.CLIPModel(transformers.CLIPConfig(**settings)))
     theirs.logit_scale.data.fill_(1.7)
     ours = Clip(ClipConfig.from_diffusers(settings), remat=act == "gelu")
@@ -213,7 +215,7 @@ def test_config_round_trip():
 def test_whole_config_round_trip_through_transformers(tmp_path):
     import transformers
 
-    config = ClipConfig.from_diffusers(dict(projection_dim=14, text_config=TEXT, vision_config=VISION))
+    config = ClipConfig.from_diffusers({"projection_dim": 14, "text_config": TEXT, "vision_config": VISION})
     transformers.CLIPConfig(**config.to_diffusers()).save_pretrained(tmp_path)
     again = ClipConfig.from_diffusers(transformers.CLIPConfig.from_pretrained(tmp_path).to_dict())
     assert again == config

@@ -135,7 +135,7 @@ def test_remat_changes_memory_alone():
 
     def gradient(remat):
         network = ours.clone(remat=remat)
-        loss = lambda p: jnp.sum(network.apply({"params": p}, *inputs) ** 2)  # noqa: E731
+        loss = lambda p: jnp.sum(network.apply({"params": p}, *inputs) ** 2)
         traced = jax.jit(jax.grad(loss)).trace(params)
         return traced.lower().compile()(params), str(traced.jaxpr).count("remat")
 

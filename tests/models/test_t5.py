@@ -11,17 +11,17 @@ from dmdr_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from tests.torch_weights import abstract_params, from_torch, randomise
 
 TOLERANCE = 1e-5
-SMALL = dict(
-    vocab_size=40,
-    d_model=20,
-    d_kv=6,
-    d_ff=28,
-    num_layers=3,
-    num_heads=3,
-    relative_attention_num_buckets=8,
-    relative_attention_max_distance=20,
-    feed_forward_proj="gated-gelu",
-)
+SMALL = {
+    "vocab_size": 40,
+    "d_model": 20,
+    "d_kv": 6,
+    "d_ff": 28,
+    "num_layers": 3,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def relative_error(value, expected: torch.Tensor) -> float:

@@ -13,6 +13,8 @@ from dmdr_jax.shapes.rewards import (
     blind_to_order,
     contrastive_loss,
     multi_positive_nce,
+    patch_labels,
+    patch_loss,
     preference_loss,
     preference_pairs,
     same_words,
@@ -49,6 +51,15 @@ def test_truth_is_the_verifiers_strict_verdict_on_every_record(groups):
         images = groups.images[:, ::3].reshape(-1, 32, 32, 3)
         expected = judge(SMALL, images, [records[column]] * len(images)).strict
         np.testing.assert_array_equal(groups.truth[:, ::3, column].ravel(), expected)
+
+
+def test_objects_are_what_the_verifier_sees(groups):
+    clean = groups.objects[:, 0]
+    counts = [sum(item["count"] for item in all_world_records(SMALL)[p]["include"]) for p in groups.prompt]
+    np.testing.assert_array_equal((clean[..., 0] > 0).sum(1), counts)
+    record = all_world_records(SMALL)[groups.prompt[0]]
+    shapes = sorted(SMALL.shapes[(int(k) - 1) % len(SMALL.shapes)] for k in clean[0, :, 0] if k)
+    assert shapes == sorted(item["class"] for item in record["include"] for _ in range(item["count"]))
 
 
 def test_near_misses_fail_their_prompt(groups):
@@ -113,6 +124,17 @@ def test_a_model_blind_to_order_never_sees_a_caption_of_the_same_words_as_wrong(
     truth = np.eye(3, dtype=bool)
     expected = [[False, False, True], [False, False, True], [True, True, False]]
     np.testing.assert_array_equal(blind_to_order(truth, same_words(captions)), expected)
+
+
+def test_patch_labels_and_loss():
+    objects = jnp.array([[[3.0, 7.5, 7.5], [5.0, 23.5, 11.5], [0.0, 0.0, 0.0]]])
+    labels = patch_labels(objects, image_size=32, patch=8)
+    expected = np.zeros((4, 4), int)
+    expected[0, 0], expected[1, 2] = 3, 5
+    np.testing.assert_array_equal(labels[0].reshape(4, 4), expected)
+    sure = 20.0 * jax.nn.one_hot(labels, 6)
+    assert patch_loss(sure, labels) < 1e-6
+    np.testing.assert_allclose(patch_loss(jnp.zeros((1, 16, 6)), labels), np.log(6), rtol=1e-5)
 
 
 # --- preferences ---------------------------------------------------------------------------------------------------

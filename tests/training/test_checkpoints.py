@@ -99,6 +99,13 @@ def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
         assert_same(ckpt.restore(abstract(make_state())), make_state(5))
 
 
+def test_a_save_under_way_is_finished_when_an_error_ends_the_run(tmp_path):
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as ckpt:
+        ckpt.save(3, make_state(3))
+        raise ZeroDivisionError
+    assert_same(restore_latest(tmp_path), make_state(3))
+
+
 def test_what_is_kept(tmp_path):
     saved(tmp_path, steps=range(1, 8), keep=2, keep_every=3)
     assert sorted(int(child.name) for child in tmp_path.iterdir()) == [3, 6, 7]
@@ -260,7 +267,7 @@ def test_a_damaged_latest_checkpoint_ends_the_run(tmp_path, how):
 
 def restore_latest(directory):
     with Checkpoints(directory) as ckpt:
-        return ckpt.restore(abstract(make_state()), META)
+        return ckpt.restore(abstract(make_state()))
 
 
 def test_the_only_checkpoint_damaged(tmp_path):

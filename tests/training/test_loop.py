@@ -31,7 +31,7 @@ def finished(tmp_path_factory, teacher, prompts_file):
 
 
 def test_a_run_leaves_metrics_grids_checkpoints_and_its_settings(finished):
-    workdir, config, state = finished
+    workdir, _, state = finished
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(np.isfinite(row["dm/score_gap"]) and np.isfinite(row["fake/loss"]) for row in rows)

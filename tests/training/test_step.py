@@ -21,8 +21,9 @@ def run(request, teacher, prompts_file, reward_folder):
     config = tiny.config(teacher, prompts_file, generator__kind=request.param)
     with config.unlocked():
         config.rewards.clip = base_config.reward(str(reward_folder), weight=0.5, start=1)
-    pipeline, rewards = setup.load_teacher(config), setup.load_rewards(config)
-    plan, layout = setup.make_plan(config, pipeline, rewards), Layout.make(-1, 1)
+    layout = Layout.make(-1, 1)
+    pipeline, rewards = setup.load_teacher(config, layout), setup.load_rewards(config)
+    plan = setup.make_plan(config, pipeline, rewards)
     frozen = freeze(pipeline, rewards, layout)
     batch = make_encoder(pipeline, rewards, layout)(tiny.PROMPTS[:3])
     return plan, setup.make_terms(config, rewards), setup.make_state(config, plan, frozen.base), frozen, batch
@@ -76,7 +77,7 @@ def test_no_gradient_reaches_a_frozen_network_or_the_fake_score(run):
 
 
 def test_rewards_come_in_at_their_step(run):
-    plan, terms, *_ = run
+    terms = run[1]
     assert [t.name for t in active_terms(terms, 0)] == ["dm"]
     assert [t.name for t in active_terms(terms, 1)] == ["dm", "refl"]
 
@@ -124,11 +125,15 @@ def test_generator_turns_are_counted_as_the_authors_do():
         ({"height": 33}, "multiples of"),
         ({"model": ""}, "config.model is empty"),
         ({"dm__weight": 0.0}, "nothing to train"),
+        ({"fake__updates": 0}, "config.fake.updates must be at least 1"),
+        ({"fake__lora__rank": 0}, "config.fake.lora.rank must be at least 1"),
+        ({"seed": -1}, "config.seed"),
     ],
 )
 def test_bad_settings_are_one_clear_sentence(teacher, prompts_file, change, message):
     config = tiny.config(teacher, prompts_file, **change)
     with pytest.raises(UserError, match=message):
-        pipeline = setup.load_teacher(config)
+        setup.check(config)
+        pipeline = setup.load_teacher(config, Layout.make(-1, 1))
         setup.make_plan(config, pipeline, ())
         setup.make_terms(config, ())

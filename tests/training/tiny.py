@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 PROMPTS = ["a red circle", "a blue square", "two crosses", "a cross and a square", "a green triangle"]
 
