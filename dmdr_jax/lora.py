@@ -85,6 +85,9 @@ def merge(params: Tree, delta: Tree, scale: Array | float = 1.0) -> dict[str, An
       params: the network's parameters.
       delta: from `init`, for the same network.
       scale: a scalar, with ``alpha / rank`` in it.
+
+    Raises:
+      UserError: the delta belongs to another network.
     """
 
     def walk(node: Any, change: Any) -> Any:
@@ -120,6 +123,8 @@ def _add_product(kernel: Array, pair: Tree, scale: Array | float) -> Array:
     # One broadcasting product covers all four layouts: stacks align, and b's 1 x 1 window spreads over a's.
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     a, b = (jnp.asarray(pair[name], wide) for name in ("a", "b"))
+    if (*a.shape[:-1], b.shape[-1]) != kernel.shape:
+        raise UserError(f"a LoRA pair of shapes {a.shape} and {b.shape} does not fit a kernel of shape {kernel.shape}.")
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(wide) + scale * product).astype(kernel.dtype)
 

@@ -204,3 +204,6 @@ def test_bad_targets_are_named(params, target, words):
 def test_a_delta_of_another_network_is_refused(params):
     with pytest.raises(UserError, match="'down'"):
         lora.merge(params, {"down": {"kernel": {}}}, 1.0)
+    pair = {"a": jnp.zeros((16, 2)), "b": jnp.zeros((2, 9))}
+    with pytest.raises(UserError, match="does not fit a kernel of shape"):
+        lora.merge(params, {"proj_out": {"kernel": pair}}, 1.0)

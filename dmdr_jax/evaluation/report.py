@@ -4,6 +4,7 @@ The page forbids itself every load from elsewhere by a content security policy.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -161,7 +162,7 @@ def tables(results: Results) -> str:
         f'<b class="good">▲</b> better, <b class="bad">▼</b> worse than {escape(reference)} beyond two standard errors '
         "of the paired difference; no mark: undecided, or a measure without a better side."
     )
-    text = escape(results["caption"]).replace("`", "")
+    text = re.sub(r"\*(.+?)\*", r"<em>\1</em>", escape(results["caption"]).replace("`", ""))
     return f'<p class="note">{text}</p>{"".join(parts)}<p class="note">{legend}</p>'
 
 

@@ -112,7 +112,9 @@ def _alarms(
     lost = [
         key
         for key in ENTROPIES
-        if key in model["summary"] and model["summary"][key].mean < COLLAPSED * other["summary"][key].mean
+        if key in differences
+        and decide(differences[key], 1) == "worse"
+        and model["summary"][key].mean < COLLAPSED * other["summary"][key].mean
     ]
     alarms = []
     if rose and (fell or lost):

@@ -145,6 +145,12 @@ def test_reward_hacking_is_called_by_its_name(strict, reward, entropy, hacked):
     assert ("reward hacking" in finding(COLUMNS, student, OTHER).text) == hacked
 
 
+@pytest.mark.parametrize(("change", "collapsed"), [(-0.7, True), (-0.01, False)])
+def test_collapse_must_exceed_its_error(change, collapsed):
+    student = model("m", entropy=0.3, gains=(0, 0, change))
+    assert ("Diversity collapsed" in finding(COLUMNS, student, OTHER).text) == collapsed
+
+
 def test_a_weak_teacher_is_a_caution():
     assert "0.300" in caution({"models": [model(strict=0.3)]})
     assert caution({"models": [model(strict=0.6)]}) == ""
