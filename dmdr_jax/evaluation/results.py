@@ -152,7 +152,7 @@ def _estimates(fields: Mapping[str, Mapping[str, Any]]) -> Summary:
 
 def _plain(value: Any) -> Any:
     """JSON's types; what is not finite becomes null."""
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, Estimate | Column):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

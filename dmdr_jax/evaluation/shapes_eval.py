@@ -56,8 +56,12 @@ def measure(
     statistics = {f"frechet/{name}": _distance(features, target) for name, target in references.items()}
     diversity = _diversity(world, verdicts.detections, records)
     for field in ("background_entropy", "color_entropy", "position_std"):
-        statistics[field] = lambda index, field=field: getattr(diversity(index), field)
+        statistics[field] = _field_of(diversity, field)
     return Measured(per_image, statistics)
+
+
+def _field_of(f: Callable[[np.ndarray], Any], field: str) -> Statistic:
+    return lambda index: getattr(f(index), field)
 
 
 def _distance(features: np.ndarray, target: np.ndarray) -> Statistic:

@@ -21,6 +21,7 @@ What is no mean (a Frechet distance, an entropy) gets the delete-a-group jackkni
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,9 @@ MISSING = "–"
 
 Statistic = Callable[[np.ndarray], float]
 """Maps indices of images to a number."""
+
+Units = Sequence[Any] | np.ndarray
+"""What is independent: a label per image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Estimate:
 # --- estimates -----------------------------------------------------------------------------------------------------
 
 
-def estimate(values: np.ndarray, units: Sequence | None = None) -> Estimate:
+def estimate(values: np.ndarray, units: Units | None = None) -> Estimate:
     """Mean of ``values`` ``[n]`` with its standard error.
 
     Verdicts (bool) that are all alike say nothing of their spread; for the standard error one success and
@@ -57,14 +61,14 @@ def estimate(values: np.ndarray, units: Sequence | None = None) -> Estimate:
     n = len(values)
     if not n:
         return Estimate(math.nan, math.nan, 0)
-    x = values.astype(np.float64)
+    x: np.ndarray = values.astype(np.float64)
     if values.dtype == bool and _alike(x):
         return Estimate(float(x.mean()), _laplace_error(x, (0, 1)), n)
     by_image, by_unit = _unit_error(x, np.arange(n)), math.nan if units is None else _unit_error(x, units)
     return Estimate(float(x.mean()), float(np.fmax(by_image, by_unit)), n)
 
 
-def _unit_error(x: np.ndarray, units: Sequence) -> float:
+def _unit_error(x: np.ndarray, units: Units) -> float:
     """Equation (1); nan with fewer than two units."""
     _, unit = np.unique(np.asarray(units), return_inverse=True)
     residuals = np.bincount(unit, x - x.mean())
@@ -82,7 +86,7 @@ def _laplace_error(x: np.ndarray, added: tuple[float, float]) -> float:
     return float(padded.std() / math.sqrt(len(padded)))
 
 
-def paired(values: np.ndarray, others: np.ndarray, units: Sequence | None = None) -> Estimate:
+def paired(values: np.ndarray, others: np.ndarray, units: Units | None = None) -> Estimate:
     """Mean difference ``values - others`` of measurements ``[n]`` on the same prompts and noise.
 
     As in `estimate`, differences of verdicts that are all alike get one gain and one loss for the standard error.
