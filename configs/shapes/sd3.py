@@ -1,6 +1,9 @@
 """DMDR in the embedded world: the SD3-shaped teacher becomes a 4-step generator.
 
 Command:   python -m dmdr_jax.train --config=configs/shapes/sd3.py --workdir=runs/shapes_sd3
+Time:      about 1.1 updates a second on one core of an AMD EPYC, without compiling.
+Result:    the same settings at 400 updates, seed 30, 240 prompts: strict verdict .40 at 4 NFE, where the teacher has
+           .57 at 50 NFE; standard error .03. One run; `bash launch/demo.sh` measures yours.
 Departures from the paper's settings, and why, are in docs/methods.md.
 """
 
@@ -13,7 +16,7 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.model = "shapes:sd3"
     c.prompts = "shapes:small:train"
-    c.steps = 300
+    c.steps = 500
     c.batch = 32
 
     c.student.simulation = "renoise"
@@ -24,20 +27,21 @@ def get_config() -> ConfigDict:
     c.fake.lora.rank = 32
     c.fake.lora.alpha = 32.0
     c.fake.lora.targets = "wide"
-    c.fake.updates = 3
+    c.fake.updates = 2
 
     c.guidance.scale = 3.0
     c.dynamics.steps = 100
+    c.dynamics.rs = "hold"  # a choice, not a finding: the decay to uniform was not compared at equal settings
 
-    c.rewards.shapes_clip = base.reward("shapes:rewards/shapes_clip", weight=0.5, start=100, ramp=20)
-    c.rewards.shapes_hps = base.reward("shapes:rewards/shapes_hps", weight=0.2, start=100, ramp=20)
+    c.rewards.shapes_clip = base.reward("shapes:rewards/shapes_clip", weight=1.0, start=50, ramp=20)
+    c.rewards.shapes_hps = base.reward("shapes:rewards/shapes_hps", weight=0.3, start=50, ramp=20)
 
-    c.optim.generator.lr = 1e-4
-    c.optim.fake.lr = 6e-4
+    c.optim.generator.lr = 2e-4
+    c.optim.fake.lr = 1e-3
     c.optim.b1 = 0.5
     c.optim.b2 = 0.98
     c.ema = 0.98
 
-    c.preview.every = 50
-    c.checkpoint.every = 50
+    c.preview.every = 100
+    c.checkpoint.every = 100
     return c

@@ -159,7 +159,7 @@ class Embed(nn.Module):
     def __call__(self, ids: Array) -> Array:
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (self.count, self.features), jnp.float32)
-        return table.astype(self.dtype)[ids]
+        return jnp.asarray(table, self.dtype)[ids]
 
 
 def timestep_embedding(t: Array, dim: int) -> Array:

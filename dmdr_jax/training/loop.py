@@ -184,6 +184,7 @@ def report(
                 values.setdefault(name, []).append(float(value))
     numbers = {name: sum(several) / len(several) for name, several in values.items()}
     bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
+    bad.sort(key=lambda name: name.startswith("generator/"))  # a term's own number says more than the sum's
     if bad:
         checkpoints.wait()
         last = checkpoints.latest()

@@ -48,7 +48,8 @@ def _pair(kind):
     config = SHAPE | KINDS[kind]
     theirs = randomise(SD3Transformer2DModel(**config), seed=1).double()
     ours = MMDiT(MMDiTConfig.from_diffusers(config), dtype=jnp.float64)
-    shapes = abstract_params(ours, *_inputs(kind, (1, 4, 4), 2))
+    with jax.enable_x64(True):
+        shapes = abstract_params(ours, *_inputs(kind, (1, 4, 4), 2))
     return theirs, ours, from_torch(shapes, theirs.state_dict(), np.float64)
 
 
@@ -130,8 +131,8 @@ def test_one_token_with_key_bias_log_m_is_m_tokens(kind):
 
 
 def test_remat_changes_memory_alone():
-    ours, params = _float32("sd35_medium")
-    inputs = [jnp.asarray(x, jnp.float32) for x in _inputs("sd35_medium", (1, 4, 4), 2)]
+    ours, params = _float32("sd3_medium")
+    inputs = [jnp.asarray(x, jnp.float32) for x in _inputs("sd3_medium", (1, 4, 4), 2)]
 
     def gradient(remat):
         network = ours.clone(remat=remat)
@@ -143,7 +144,7 @@ def test_remat_changes_memory_alone():
     assert sites == 0
     for remat in ("full", "dots", "names"):
         got, sites = gradient(remat)
-        assert sites >= 3, remat
+        assert sites >= 2, remat
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
     with pytest.raises(UserError, match="choose one of none, full, dots, names"):
