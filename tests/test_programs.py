@@ -95,26 +95,13 @@ def diffusers_call(text):
 def draw_documented(pipe, text, latents, noises=None):
     """Draws by the documented call, with given latents and, for a stochastic scheduler, given noise."""
     call = diffusers_call(text).replace("pipe(prompt", "pipe(PROMPTS, latents=latents, output_type='np', **SIZE")
-    if noises is not None:
-        drawn = iter(noises)
-        pipe.scheduler.step.__globals__["torch"] = _TorchWithNoise(drawn)
+    scope, given = pipe.scheduler.step.__globals__, iter(noises or [])
+    original = scope["randn_tensor"]
+    scope["randn_tensor"] = lambda shape, **_: torch.from_numpy(next(given)).reshape(shape)
     try:
         return eval(call, {"pipe": pipe, "PROMPTS": PROMPTS, "latents": torch.from_numpy(latents), "SIZE": SIZE}).images
     finally:
-        pipe.scheduler.step.__globals__["torch"] = torch
-
-
-class _TorchWithNoise:
-    """torch with a scripted randn_like: what the scheduler renoises with."""
-
-    def __init__(self, noises):
-        self._noises = noises
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def randn_like(self, x):
-        return torch.from_numpy(next(self._noises)).to(x)
+        scope["randn_tensor"] = original
 
 
 def our_noises(latents, steps=4):

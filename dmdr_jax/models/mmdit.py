@@ -315,19 +315,19 @@ class Block(nn.Module):
 
         y, gate, shift, scale, mlp_gate, *second = norm(9 if self.dual else 6, name="norm1")(x, temb, lora_scale)
         z, *context_parts = norm(2 if self.last else 6, name="norm1_context")(context, temb, lora_scale)
-        y, z = attend(joint=True, last=self.last, name="attn")(y, z, lora_scale, key_bias)
+        y, text_update = attend(last=self.last, name="attn")(y, z, lora_scale, key_bias)
 
         x = x + gate * y
         if self.dual:
             y, gate = second
-            x = x + gate * attend(joint=False, name="attn2")(y, None, lora_scale, None)[0]
+            x = x + gate * attend(name="attn2")(y, None, lora_scale, None)[0]
         y = modulate(plain(x), shift, scale)
         x = x + mlp_gate * feed_forward(name="ff")(y, lora_scale)
-        if self.last:
+        if text_update is None:
             return (x, context), None
 
         gate, shift, scale, mlp_gate = context_parts
-        context = context + gate * z
+        context = context + gate * text_update
         z = modulate(plain(context), shift, scale)
         return (x, context + mlp_gate * feed_forward(name="ff_context")(z, lora_scale)), None
 
@@ -336,22 +336,20 @@ class Attention(nn.Module):
     """Attention over the image tokens, or over image and text tokens together with projections of their own.
 
     Attributes:
-      joint: the text tokens take part.
       last: the text tokens are keys only; their queries' parameters exist in the checkpoint but act on nothing.
     """
 
     config: MMDiTConfig
     dtype: jnp.dtype
-    joint: bool
     last: bool = False
 
     @nn.compact
     def __call__(
         self, x: Array, context: Array | None, lora_scale: LoraScale, key_bias: Array | None
     ) -> tuple[Array, Array | None]:
-        """Maps ``[b, n, d]`` and ``[b, m, d]`` to updates of both, the second None where not joint or last."""
+        """Maps ``[b, n, d]`` and ``[b, m, d]`` to updates of both, the second None where there is no text or it is last."""
         q, k, v = self._project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), lora_scale)
-        if self.joint:
+        if context is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             text_q, text_k, text_v = self._project(context, *names, lora_scale)
             q = q if self.last else jnp.concatenate([q, text_q], axis=1)
@@ -361,7 +359,7 @@ class Attention(nn.Module):
 
         n = x.shape[1]
         out = _dense(self.config.width, self.dtype, "to_out.0")(y[:, :n], lora_scale)
-        if not self.joint or self.last:
+        if context is None or self.last:
             return out, None
         return out, _dense(self.config.width, self.dtype, "to_add_out")(y[:, n:], lora_scale)
 

@@ -213,7 +213,7 @@ def checksums(leaves: list[Any]) -> list[int]:
     """
     if jax.default_backend() == "cpu" and all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
         return [_host_checksum(np.asarray(leaf)) for leaf in leaves]  # nothing to copy, nothing to compile
-    return np.asarray(_devicechecksums(leaves)).tolist()
+    return np.asarray(_device_checksums(leaves)).tolist()
 
 
 def _host_checksum(leaf: np.ndarray) -> int:
@@ -222,7 +222,7 @@ def _host_checksum(leaf: np.ndarray) -> int:
 
 
 @jax.jit
-def _devicechecksums(leaves: list[jax.Array]) -> jax.Array:
+def _device_checksums(leaves: list[jax.Array]) -> jax.Array:
     """One pass over memory where the leaves lie, uint32 [leaves]."""
     return jnp.stack([jnp.sum(_bits(leaf), dtype=jnp.uint32) for leaf in leaves])
 
