@@ -130,7 +130,7 @@ def test_an_empty_directory_holds_no_checkpoint(tmp_path):
 def test_checksums_do_not_depend_on_where_they_are_computed():
     leaves = [*jax.tree.leaves(make_state()), jnp.array([True, False, True]), jnp.float32(jnp.nan), jnp.zeros((0, 3))]
     on_device = np.asarray(checkpoints._device_checksums(leaves)).tolist()
-    assert on_device == checkpoints._checksums(leaves)
+    assert on_device == checkpoints.checksums(leaves)
     flipped = np.asarray(make_state().key).copy()
     flipped[1] ^= 1 << 7
     assert checkpoints._host_checksum(flipped) != checkpoints._host_checksum(np.asarray(make_state().key))
