@@ -347,7 +347,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, context: Array | None, lora_scale: LoraScale, key_bias: Array | None
     ) -> tuple[Array, Array | None]:
-        """Maps ``[b, n, d]`` and ``[b, m, d]`` to updates of both, the second None where there is no text or it is last."""
+        """Maps ``[b, n, d]`` and ``[b, m, d]`` to their updates, the second None without text or in the last block."""
         q, k, v = self._project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), lora_scale)
         if context is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
