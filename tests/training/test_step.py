@@ -8,6 +8,7 @@ import pytest
 from configs import base as base_config
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.errors import UserError
+from dmdr_jax.generate import decode_images
 from dmdr_jax.objectives.base import active_terms
 from dmdr_jax.training import setup
 from dmdr_jax.training.layout import Layout
@@ -91,6 +92,20 @@ def test_no_gradient_reaches_a_reward(run):
     images = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3))
     grads = jax.jit(jax.grad(lambda p, t: reward.score(p, images, t).sum(), argnums=(0, 1)))(reward.params, text)
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_reward_gradient_reaches_the_latents_of_the_first_step(run):
+    """The x0 estimate at t = 1, from pure noise, already gets a finite, non-zero reward gradient."""
+    plan, frozen, text = run.plan, run.frozen, run.batch.reward_text["clip"]
+    noise = jax.random.normal(jax.random.key(0), (3, *plan.latent_shape))
+    x0 = plan.denoiser.x0(generator_weights(plan, run.state.generator, frozen.base), noise, 1.0, run.batch.cond)
+
+    def score(z):
+        images = decode_images(plan.vae, frozen.vae, z)
+        return plan.rewards[0].score(frozen.rewards["clip"], images, text).sum()
+
+    grads = jax.jit(jax.grad(score))(x0)
+    assert np.isfinite(grads).all() and (np.abs(grads).max(axis=(1, 2, 3)) > 0).all()
 
 
 def test_rewards_come_in_at_their_step(run):
