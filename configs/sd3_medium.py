@@ -7,8 +7,8 @@ Hardware:  not yet run at this size; nothing here is a measured recommendation.
 The settings are those of the paper (arXiv 2511.13649) and its released training code, with these
 departures: `renoise` simulation in place of `ode_final` (training inputs are the sampler's own
 states), the fake score trains on the student's x0, tau is kept within [0.02, 0.98], the learning
-rates are RTDMD's 3e-5 (2e-8 to 5e-7, as released, leaves the fake score close to the teacher), and
-an average of the generator is kept for evaluation.
+rates are RTDMD's 3e-5 (released: 1e-6 for the generator, 5e-7 for the fake score), and an average
+of the generator is kept for evaluation.
 """
 
 from ml_collections import ConfigDict

@@ -219,7 +219,7 @@ def charts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     figures = [_chart(title, series, last, mark) for title, series in curves.items() if series]
     note = (
         "Over generator steps; faint as measured, bold averaged. The score gap is mean |x0 fake - x0 real|, the signal "
-        "of distribution matching: it shrinks as the student's distribution meets the teacher's."
+        "of distribution matching: its guidance part remains when the two distributions meet."
     )
     return f'<div class="charts">{"".join(figures)}</div><p class="note">{note}</p>'
 
