@@ -4,11 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dmdr_jax.diffusers_io.pipeline import load_pipeline
-from dmdr_jax.diffusion.denoiser import Weights
-from dmdr_jax.diffusion.grids import flow_match_euler_sigmas
-from dmdr_jax.diffusion.kernels import parse_kernel
-from dmdr_jax.generate import Recipe, draw_images, initial_noise
+from dmdr_jax.generate import draw_images, initial_noise
+from dmdr_jax.model import open_model
 from dmdr_jax.shapes import prompts, verifier
 from dmdr_jax.shapes.world import World
 
@@ -17,13 +14,11 @@ def strict_scores(
     folder: Path, world: World, *, steps: int = 25, guidance: float = 3.0, per_tag: int = 40, seed: int = 11
 ) -> dict[str, float]:
     """Strict and lenient verdict, overall and strict by tag, of Euler samples with guidance."""
-    pipeline = load_pipeline(folder)
+    model = open_model(str(folder))
     records = prompts.eval_records(world, per_tag, seed)
-    grid = tuple(map(float, flow_match_euler_sigmas(pipeline.scheduler, steps)))
-    recipe = Recipe(grid, parse_kernel("ode"), guidance)
-    noise = initial_noise(pipeline, world.size, world.size, range(seed, seed + len(records)))
-    weights = Weights(pipeline.params["transformer"])
-    images = draw_images(pipeline, weights, recipe, [r["prompt"] for r in records], noise, batch=60)
+    recipe = model.recipe(steps, "ode", guidance, (world.size, world.size))
+    noise = initial_noise(model.pipeline, world.size, world.size, range(seed, seed + len(records)))
+    images = draw_images(model.pipeline, model.weights, recipe, [r["prompt"] for r in records], noise, batch=60)
     verdict = verifier.judge(world, images, records)
     tags = np.array([r["tag"] for r in records])
     scores = {"strict": float(verdict.strict.mean()), "lenient": float(verdict.lenient.mean())}

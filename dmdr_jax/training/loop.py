@@ -5,7 +5,6 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dmdr_jax.data.prompts import PromptStream, load_prompts
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import encode, tokenize
 from dmdr_jax.errors import UserError
-from dmdr_jax.evaluation.environment import command
+from dmdr_jax.evaluation.environment import command, versions
 from dmdr_jax.objectives.base import DM_DRAW, Term, active_terms
 from dmdr_jax.rewards.clip_reward import ClipReward
 from dmdr_jax.training import setup
@@ -220,9 +219,12 @@ def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
 def write_config(workdir: Path, config: Any, meta: dict[str, Any]) -> None:
     """``config.json``: the whole configuration, and the versions it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {"dmdr_jax": __version__, **{name: version(name) for name in packages}}
-    devices = [str(device) for device in jax.devices()]
-    document = {"command": command(), "config": meta["config"], "versions": versions, "devices": devices}
+    document = {
+        "command": command(),
+        "config": meta["config"],
+        "versions": {"dmdr_jax": __version__, **versions(packages)},
+        "devices": [str(device) for device in jax.devices()],
+    }
     (workdir / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
