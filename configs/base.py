@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     c.steps = 4000  # generator updates
     c.batch = 192  # prompts per update, over all devices
     c.seed = 30
+    c.t5_length = 256  # tokens of SD3's T5; the authors trained with 128
+    c.reward_decoder = ""  # an AutoencoderTiny folder (TAESDXL) to decode with for rewards, in place of the model's own
     c.height = 0  # pixels; 0: the model's own size
     c.width = 0
     c.compute_dtype = "float32"  # of activations and matrix products; bfloat16 on accelerators
@@ -40,6 +42,7 @@ def get_config() -> ConfigDict:
     c.student = ConfigDict()
     c.student.steps = 4
     c.student.shift = 3.0  # of the student's grid
+    c.student.timesteps = ()  # the network's own timesteps in place of the grid, such as (399,) for one SDXL step
     c.student.grid = "uniform"  # or "authors": the released code's, ending at t = 0.001
     c.student.simulation = "renoise"  # training inputs: renoise, ode, cps(eta), or ode_final as the authors ran SD3
     c.student.shared_index = False  # one grid index per batch in place of one per sample
@@ -47,6 +50,18 @@ def get_config() -> ConfigDict:
     c.generator = ConfigDict()
     c.generator.kind = "lora"  # or "full"
     c.generator.lora = _lora(64, 128.0)
+
+    c.ode = ConfigDict()  # before all else, the student's first weights by regression on the teacher's ODE
+    c.ode.steps = 0  # updates; 0: off
+    c.ode.pairs = 10_000  # of noise and the latents that the teacher makes of it
+    c.ode.teacher_steps = 50
+    c.ode.guidance = 0.0  # of the teacher; 0: guidance.scale
+    c.ode.batch = 256
+    c.ode.loss = "mse"  # on latents; or "huber"
+    c.ode.lr = 1e-5
+    c.ode.weight_decay = 0.01
+    c.ode.warmup = 0
+    c.ode.ema = 0.99  # of the student that the run then starts from
 
     c.fake = ConfigDict()
     c.fake.lora = _lora(32, 32.0)
@@ -57,6 +72,7 @@ def get_config() -> ConfigDict:
     c.guidance = ConfigDict()
     c.guidance.scale = 7.0  # of the real score
     c.guidance.jitter = 0.5
+    c.guidance.uncond = "pipeline"  # the absent prompt: as the model's own pipeline has it, "zeros", or "empty"
 
     c.dynamics = ConfigDict()
     c.dynamics.steps = 2000  # S of DynaDG and DynaRS
@@ -89,5 +105,5 @@ def _lora(rank: int, alpha: float) -> ConfigDict:
     c = ConfigDict()
     c.rank = rank
     c.alpha = alpha
-    c.targets = "attention"  # or "wide": attention, feed-forward and modulation
+    c.targets = "attention"  # or "wide": also feed-forward and modulation (SD3), all layers that DMD2 adapts (SDXL)
     return c

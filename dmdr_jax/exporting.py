@@ -9,15 +9,21 @@ import numpy as np
 from dmdr_jax import lora
 from dmdr_jax.diffusers_io.lora_file import write_lora
 from dmdr_jax.diffusers_io.pipeline import save_pipeline
+from dmdr_jax.diffusion.ddpm_grids import student_scheduler, timesteps_of
 from dmdr_jax.diffusion.grids import explicit_config, explicit_sigmas, scheduler_config_for
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
+from dmdr_jax.diffusion.process import Flow
 from dmdr_jax.errors import UserError
 from dmdr_jax.model import Model
 
 LOADING = """import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {pipeline}
 
-pipe = StableDiffusion3Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}{without})
+pipe = {pipeline}.from_pretrained({folder!r}, torch_dtype=torch.{dtype}{without})
+"""
+SCHEDULER = """from diffusers import {name}
+
+pipe.scheduler = {name}(**{settings})
 """
 WITHOUT_T5 = ", text_encoder_3=None, tokenizer_3=None"
 """What diffusers wants to be told of a folder that has no T5."""
@@ -37,14 +43,17 @@ def export_folder(model: Model, out: str, dtype: str | None, kernel: str | None,
         "call": call,
     }
     stored = None if dtype is None else jnp.dtype(dtype)
-    folder = save_pipeline(model.pipeline, out, {"transformer": params}, scheduler, student, stored, overwrite)
+    folder = save_pipeline(
+        model.pipeline, out, {model.pipeline.denoiser: params}, scheduler, student, stored, overwrite
+    )
     return loading(model, str(folder), dtype) + f"image = {call}"
 
 
 def loading(model: Model, folder: str, dtype: str | None) -> str:
     """The Python lines that load a folder of this model into diffusers."""
-    without = "" if "text_encoder_3" in model.pipeline.configs else WITHOUT_T5
-    return LOADING.format(folder=folder, dtype=dtype or "float16", without=without)
+    kind = model.pipeline.kind
+    without = WITHOUT_T5 if "text_encoder_3" in kind.classes and "text_encoder_3" not in model.pipeline.configs else ""
+    return LOADING.format(pipeline=kind.pipeline_class, folder=folder, dtype=dtype or "float16", without=without)
 
 
 def export_lora(model: Model, out: str, dtype: str | None, kernel: str | None, overwrite: bool) -> str:
@@ -56,12 +65,13 @@ def export_lora(model: Model, out: str, dtype: str | None, kernel: str | None, o
     if Path(out).exists() and not overwrite:
         raise UserError(f"{out} exists: give another name or --overwrite.")
     scheduler, call = sampler_settings(model, kernel)
-    write_lora(out, model.weights.lora, model.weights.lora_scale, np.dtype(jnp.dtype(dtype or "float32")))
+    stored = np.dtype(jnp.dtype(dtype or "float32"))
+    write_lora(out, model.weights.lora, model.weights.lora_scale, stored, model.pipeline.denoiser)
     settings = {k: v for k, v in scheduler.items() if not k.startswith("_")}
     return (
         loading(model, str(model.pipeline.folder), dtype)
         + f"pipe.load_lora_weights({out!r})\n"
-        + f"pipe.scheduler = type(pipe.scheduler)(**{settings})\n"
+        + SCHEDULER.format(name=scheduler["_class_name"], settings=settings)
         + f"image = {call}"
     )
 
@@ -82,10 +92,14 @@ def sampler_settings(model: Model, kernel: str | None) -> tuple[dict[str, Any], 
       UserError: diffusers has no scheduler for the student's kernel.
     """
     chosen = student_kernel(model, kernel)
-    if 0.0 < chosen.eta < 1.0:
+    if chosen not in (Kernel(0.0), Kernel(1.0)):
         raise UserError(f"diffusers has no scheduler for the kernel {chosen}: choose --kernel ode or --kernel renoise.")
     grid, base = student_levels(model), model.pipeline.scheduler
-    steps = len(grid) - 1
+    process, steps = model.pipeline.process, len(grid) - 1
+    if not isinstance(process, Flow):
+        timesteps = timesteps_of(process, grid)
+        config = student_scheduler(base, timesteps, chosen.stochastic)
+        return config, f"pipe(prompt, timesteps={timesteps}, guidance_scale=0.0).images[0]"
     config = scheduler_config_for(grid, base, chosen.stochastic)
     if config is not None:
         return config, f"pipe(prompt, num_inference_steps={steps}, guidance_scale=0.0).images[0]"

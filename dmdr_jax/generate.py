@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.diffusers_io.components import denoiser_of
 from dmdr_jax.diffusers_io.pipeline import Pipeline
-from dmdr_jax.diffusers_io.text import encode, tokenize
+from dmdr_jax.diffusers_io.text import encode, encode_uncond, tokenize
+from dmdr_jax.diffusion.ddpm_grids import euler_grid, initial_scale
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
-from dmdr_jax.diffusion.kernels import Kernel
-from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.grids import flow_match_euler_sigmas
+from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
+from dmdr_jax.diffusion.process import Flow, Process
 from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.models.autoencoder import AutoencoderKL, raw_from_latents
 
@@ -23,11 +26,19 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to draw: the grid (``steps + 1`` times), the kernel, and the guidance scale (1 or less: none)."""
+    """How to draw.
+
+    Attributes:
+      grid: ``steps + 1`` times.
+      kernel: the transition kernel.
+      guidance: classifier-free guidance scale; 1 or less: none.
+      initial_scale: what standard normal noise is multiplied by to be the first state.
+    """
 
     grid: tuple[float, ...]
     kernel: Kernel
     guidance: float
+    initial_scale: float = 1.0
 
     @property
     def guided(self) -> bool:
@@ -39,6 +50,25 @@ class Recipe:
         return (len(self.grid) - 1) * (2 if self.guided else 1)
 
 
+def teacher_recipe(
+    pipeline: Pipeline, steps: int | None, guidance: float | None, size: tuple[int, int], kernel: Kernel | None = None
+) -> Recipe:
+    """How diffusers draws with a plain folder: on its scheduler's grid, with its pipeline's defaults for None.
+
+    Args:
+      size: height and width of the images in pixels, on which some schedulers' grids depend.
+    """
+    steps = pipeline.kind.steps if steps is None else steps
+    guidance = pipeline.kind.guidance if guidance is None else guidance
+    if isinstance(pipeline.process, Flow):
+        side = pipeline.modules["vae"].config.downsampling * pipeline.modules[pipeline.denoiser].config.patch_size
+        grid, scale = flow_match_euler_sigmas(pipeline.scheduler, steps, (size[0] // side) * (size[1] // side)), 1.0
+    else:
+        grid = euler_grid(pipeline.scheduler, steps)
+        scale = initial_scale(pipeline.scheduler, pipeline.process, grid[0])
+    return Recipe(tuple(map(float, grid)), kernel or parse_kernel("ode"), guidance, scale)
+
+
 def decode_images(vae: AutoencoderKL, params: Tree, latents: Array) -> Array:
     """Latents ``[b, h, w, c]`` to pixels ``[b, H, W, 3]``, nominally in [0, 1] and not clipped, fp32."""
     pixels = vae.apply({"params": params}, raw_from_latents(latents, vae.config), method="decode")
@@ -48,7 +78,7 @@ def decode_images(vae: AutoencoderKL, params: Tree, latents: Array) -> Array:
 def initial_noise(pipeline: Pipeline, height: int, width: int, seeds: Sequence[int]) -> np.ndarray:
     """Standard normal latents ``[b, h, w, c]``; row i depends on ``seeds[i]`` alone, whatever the batch."""
     factor = pipeline.modules["vae"].config.downsampling
-    shape = (height // factor, width // factor, pipeline.modules["transformer"].config.in_channels)
+    shape = (height // factor, width // factor, pipeline.modules[pipeline.denoiser].config.in_channels)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     return np.asarray(jax.vmap(lambda k: jax.random.normal(k, shape))(keys))
 
@@ -59,28 +89,30 @@ def row_keys(seed: int, rows: Sequence[int]) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.asarray(rows, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("modules", "recipe"))
-def _draw(modules: "_Modules", recipe: Recipe, params: Tree, weights: Weights, ids, empty_ids, noise, keys) -> Array:
-    networks = modules.as_dict()
-    denoiser = Denoiser(networks["transformer"], Flow())
-    cond = encode(networks, params, ids)
-    uncond = encode(networks, params, empty_ids) if recipe.guided else None
+@functools.partial(jax.jit, static_argnames=("networks", "recipe"))
+def _draw(networks: "_Networks", recipe: Recipe, params: Tree, weights: Weights, ids, empty_ids, noise, keys) -> Array:
+    modules = dict(networks.modules)
+    denoiser = Denoiser(modules[denoiser_of(modules)], networks.process)
+    factor = modules["vae"].config.downsampling
+    size = noise.shape[1] * factor, noise.shape[2] * factor
+    cond = encode(modules, params, ids, size)
+    uncond = encode_uncond(modules, params, empty_ids, size, networks.zero_uncond) if recipe.guided else None
 
     def output_fn(z, t):
         return denoiser.guided_output(weights, z, t, cond, uncond, recipe.guidance)
 
-    latents = sample(output_fn, denoiser.process, recipe.kernel, noise, recipe.grid, keys)
-    return jnp.clip(decode_images(networks["vae"], params["vae"], latents), 0.0, 1.0)
+    first = noise * recipe.initial_scale
+    latents = sample(output_fn, denoiser.process, recipe.kernel, first, recipe.grid, keys)
+    return jnp.clip(decode_images(modules["vae"], params["vae"], latents), 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Modules:
-    """Hashable modules, so that one compiled program serves every call with the same networks."""
+class _Networks:
+    """What is static of a pipeline, hashable, so that one compiled program serves every call with the same."""
 
-    items: tuple[tuple[str, Any], ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(self.items)
+    modules: tuple[tuple[str, Any], ...]
+    process: Process
+    zero_uncond: bool
 
 
 def draw_images(
@@ -91,7 +123,7 @@ def draw_images(
     noise: np.ndarray,
     *,
     batch: int = 32,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     seed: int = 0,
     params: Mapping[str, Tree] | None = None,
     progress: Callable[[int], Any] = lambda drawn: None,
@@ -102,21 +134,23 @@ def draw_images(
       pipeline: loaded with VAE and text encoders.
       weights: the denoiser to draw with (the teacher's parameters, or a student's).
       noise: initial latents ``[n, h, w, c]``.
+      negative_prompt: what guidance leads away from; None for the pipeline's own, the empty prompt or zeros.
       batch: images per compiled call; the last one is padded, so that one program serves all.
       seed: randomness of stochastic kernels; an image depends on it and on its own place, not on its batch.
       params: text encoders and VAE; the pipeline's own by default.
       progress: called with the number of images drawn, batch by batch.
     """
     params = dict(params or pipeline.params)
-    params.pop("transformer", None)
-    modules = _Modules(tuple(sorted(pipeline.modules.items())))
-    empty = tokenize(pipeline, [negative_prompt])
+    params.pop(pipeline.denoiser, None)
+    zeros = negative_prompt is None and pipeline.zero_uncond
+    networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros)
+    empty = tokenize(pipeline, [negative_prompt or ""])
     batch = min(batch, len(prompts))
     images = []
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
         ids = tokenize(pipeline, [prompts[i] for i in rows])
-        drawn = _draw(modules, recipe, params, weights, ids, empty, jnp.asarray(noise[rows]), row_keys(seed, rows))
+        drawn = _draw(networks, recipe, params, weights, ids, empty, jnp.asarray(noise[rows]), row_keys(seed, rows))
         images.append(np.asarray(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)

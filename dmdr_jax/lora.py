@@ -30,6 +30,14 @@ SD3_WIDE_TARGETS = (
     rf"transformer_blocks\.\d+\.({_JOINT}|attn2\.(to_q|to_k|to_v|to_out\.0)"
     r"|(ff|ff_context)\.net\.(0\.proj|2)|(norm1|norm1_context)\.linear)",
 )
+_CROSS = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+# SDXL's attention projections alone.
+SDXL_ATTENTION_TARGETS = (_CROSS,)
+# What DMD2 and DMDR adapt in SDXL: attention with its entry and exit, feed-forward, and the convolutional blocks.
+SDXL_TARGETS = (
+    rf"{_CROSS}|.*\.attentions\.\d+\.(proj_in|proj_out)|.*\.ff\.net\.(0\.proj|2)"
+    r"|.*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(downsamplers|upsamplers)\.0\.conv",
+)
 
 _STACK = re.compile(r"(.*)\.(\d+):(\d+)")
 

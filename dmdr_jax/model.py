@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from dmdr_jax.diffusers_io.pipeline import Pipeline, load_pipeline
 from dmdr_jax.diffusion.denoiser import Weights
-from dmdr_jax.diffusion.grids import authors_grid, flow_match_euler_sigmas, student_grid
+from dmdr_jax.diffusion.grids import authors_grid, student_grid
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.errors import UserError
-from dmdr_jax.generate import Recipe
+from dmdr_jax.generate import Recipe, teacher_recipe
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.state import with_buffers
-
-TEACHER_STEPS = 28  # the defaults of diffusers' StableDiffusion3Pipeline
-TEACHER_GUIDANCE = 7.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Model:
 
     Attributes:
       pipeline: text encoders, VAE, scheduler and the base.
-      weights: the denoiser: the folder's own transformer, or a run's student on its base.
+      weights: the denoiser: the folder's own, or a run's student on its base.
       meta: a checkpoint's metadata, or None for a folder.
     """
 
@@ -45,7 +43,7 @@ class Model:
         if self.meta is not None:
             height, width, _ = self.meta["student"]["latent_shape"]
             return height * factor, width * factor
-        side = self.pipeline.modules["transformer"].config.sample_size * factor
+        side = self.pipeline.modules[self.pipeline.denoiser].config.sample_size * factor
         return side, side
 
     def recipe(
@@ -62,32 +60,29 @@ class Model:
         """
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, not {steps}.")
-        default_guidance = 1.0 if self.is_student else TEACHER_GUIDANCE
-        return Recipe(
-            grid=tuple(map(float, self._grid(steps, size or self.size))),
-            kernel=parse_kernel(kernel) if kernel else self._kernel(),
-            guidance=default_guidance if guidance is None else guidance,
-        )
+        chosen = parse_kernel(kernel) if kernel else self._kernel()
+        student = self._student()
+        if student is None:
+            return teacher_recipe(self.pipeline, steps, guidance, size or self.size, chosen)
+        grid = student["grid"]
+        if steps not in (None, len(grid) - 1):
+            make = authors_grid if student["kind"] == "authors" else student_grid
+            grid = self.pipeline.process.snap(np.asarray(make(steps, student["shift"]))[:-1])
+            grid = [*np.asarray(grid), 0.0]
+        return Recipe(tuple(map(float, grid)), chosen, 1.0 if guidance is None else guidance)
 
-    def _grid(self, steps: int | None, size: tuple[int, int]) -> Any:
+    def _student(self) -> dict[str, Any] | None:
+        """The grid a student was trained on and how to make one of another length; None for a teacher."""
         if self.meta is not None:
-            own = self.meta["student"]["grid"]
-            if steps in (None, len(own) - 1):
-                return own
             settings = self.meta["config"]["student"]
-            make = authors_grid if settings["grid"] == "authors" else student_grid
-            return make(steps, settings["shift"])
-        student = self.pipeline.student
-        if student is not None:
-            own = student["grid"]
-            return own if steps in (None, len(own) - 1) else student_grid(steps, student["shift"])
-        factor, patch = self.pipeline.modules["vae"].config.downsampling, self.pipeline.modules["transformer"].config
-        tokens = (size[0] // factor // patch.patch_size) * (size[1] // factor // patch.patch_size)
-        return flow_match_euler_sigmas(self.pipeline.scheduler, steps or TEACHER_STEPS, tokens)
+            return {"grid": self.meta["student"]["grid"], "kind": settings["grid"], "shift": settings["shift"]}
+        return None if self.pipeline.student is None else {"kind": "uniform", **self.pipeline.student}
 
     def _kernel(self) -> Kernel:
         if self.meta is not None:
             return parse_kernel(self.meta["student"]["kernel"])
+        if self.pipeline.student is not None:
+            return parse_kernel(self.pipeline.student["kernel"])
         return parse_kernel("renoise" if self.pipeline.scheduler.get("stochastic_sampling") else "ode")
 
 
@@ -101,7 +96,7 @@ def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Mod
     if folder.is_dir() and not (folder / "model_index.json").exists():
         return open_checkpoint(path, dtype, use_ema)
     pipeline = load_pipeline(resolve(path), dtype=dtype)
-    return Model(pipeline, Weights(pipeline.params["transformer"]))
+    return Model(pipeline, Weights(pipeline.params[pipeline.denoiser]))
 
 
 def open_checkpoint(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Model:
@@ -111,9 +106,9 @@ def open_checkpoint(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -
     if "student" not in meta or "teacher" not in meta:
         raise UserError(f"{path} was not written by dmdr_jax.train: its metadata names no teacher.")
     pipeline = load_pipeline(resolve(meta["teacher"]), dtype=dtype, variant=meta["config"]["variant"] or None)
-    if pipeline.configs["transformer"] != meta["model"]["transformer"]:
-        raise UserError(f"{path} was trained from another transformer than the one now in {meta['teacher']}.")
-    base, scale = pipeline.params["transformer"], meta["student"]["generator_lora_scale"]
+    if pipeline.configs[pipeline.denoiser] != meta["model"]["denoiser"]:
+        raise UserError(f"{path} was trained from another {pipeline.denoiser} than the one now in {meta['teacher']}.")
+    base, scale = pipeline.params[pipeline.denoiser], meta["student"]["generator_lora_scale"]
     if scale is None:
         return Model(pipeline, Weights(with_buffers(trees[field], base)), meta)
     return Model(pipeline, Weights(base, trees[field], scale), meta)

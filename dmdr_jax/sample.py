@@ -18,10 +18,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="diffusers folder, hub id, shapes:NAME, exported student, or a run")
     p.add_argument("--prompts", required=True, help="prompts: .txt (one per line), .jsonl, .parquet, ...")
     p.add_argument("--out", required=True, help="folder for the images")
-    p.add_argument("--steps", type=int, help="sampler steps (default: 28 for a teacher, a student's own)")
+    p.add_argument("--steps", type=int, help="sampler steps (default: diffusers' for a teacher, a student's own)")
     p.add_argument("--kernel", help="ode, renoise or cps(eta) (default: the model's own)")
-    p.add_argument("--guidance", type=float, help="guidance scale; 1 or less: none (default: 7, students 1)")
-    p.add_argument("--negative_prompt", default="", help="what guidance leads away from")
+    p.add_argument(
+        "--guidance", type=float, help="guidance scale; 1 or less: none (default: diffusers' for a teacher, students 1)"
+    )
+    p.add_argument(
+        "--negative_prompt", help="what guidance leads away from (default: the model's own, usually nothing)"
+    )
     p.add_argument("--seed", type=int, default=0, help="image i starts from the noise of seed + i")
     p.add_argument("--latents", help="initial noise, .npy [b, c, h, w] as diffusers shapes it, one per prompt")
     p.add_argument("--height", type=int, help="pixels (default: the model's own)")
@@ -86,12 +90,12 @@ def read_latents(file: str, count: int) -> Any:
 def image_size(model: Any, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
     """The image's height and width; UserError where sizes and latents do not fit the model."""
     modules = model.pipeline.modules
-    transformer, factor = modules["transformer"].config, modules["vae"].config.downsampling
-    unit = factor * transformer.patch_size
+    denoiser, factor = modules[model.pipeline.denoiser].config, modules["vae"].config.downsampling
+    unit = factor * denoiser.patch_size
     if latents is not None:
         h, w, channels = latents.shape[1:]
-        if channels != transformer.in_channels:
-            raise UserError(f"--latents have {channels} channels; this model's have {transformer.in_channels}.")
+        if channels != denoiser.in_channels:
+            raise UserError(f"--latents have {channels} channels; this model's have {denoiser.in_channels}.")
         if (height or h * factor, width or w * factor) != (h * factor, w * factor):
             asked = f"{height or h * factor} x {width or w * factor}"
             raise UserError(f"--latents are for {h * factor} x {w * factor} pixels, not {asked}.")

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# The whole way in minutes on a CPU, nothing to download:  bash launch/demo.sh [OUT]
+# The whole way in minutes on a CPU, nothing to download:  bash launch/demo.sh [sd3|sdxl] [OUT]
 #
-# Takes the shipped SD3-shaped teacher, trains a 4-step generator (cold start, then distribution matching
-# and rewards together), samples, evaluates on prompts not trained on, exports to diffusers format and
-# writes OUT/report.html (default OUT: runs/demo). Stop it whenever you like; the same command goes on.
+# Takes a shipped teacher (default: the SD3-shaped one), trains a 4-step generator (cold start, then distribution
+# matching and rewards together), samples, evaluates on prompts not trained on, exports to diffusers format and
+# writes OUT/report.html (default OUT: runs/demo, runs/demo_sdxl). Stop it whenever you like; the same command goes on.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-OUT="${1:-runs/demo}"
+world=sd3
+case "${1:-}" in
+  sd3 | sdxl) world="$1" && shift ;;
+  -h | --help) sed -n '2,6s/^# \{0,1\}//p' launch/demo.sh && exit ;;
+esac
+default=runs/demo
+[ "$world" = sd3 ] || default="runs/demo_$world"
+OUT="${1:-$default}"
 install requirements.txt
 python="$VENV/bin/python"
-config=configs/shapes/sd3.py
+config="configs/shapes/$world.py"
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -20,8 +27,8 @@ step "2/5 sample: the student draws eight prompts"
 
 step "3/5 evaluate: teacher and student on prompts neither was trained on, from the same noise"
 "$python" -m dmdr_jax.evaluate --world small --per_tag 40 --out "$OUT/evaluation" \
-  --model "teacher=shapes:sd3,steps=25,guidance=3" \
-  --model "teacher-4=shapes:sd3,steps=4,guidance=3" \
+  --model "teacher=shapes:$world,steps=25,guidance=3" \
+  --model "teacher-4=shapes:$world,steps=4,guidance=3" \
   --model "DMDR=$OUT/run" \
   --baseline teacher-4
 

@@ -29,9 +29,9 @@ def test_help_answers_in_under_a_second(program):
     assert not imported & {"jax", "transformers", "torch", "orbax", "diffusers", "scipy"}  # the slow ones
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_pipelines.save(tmp_path_factory.mktemp("pipe") / "sd3", "sd3")
+@pytest.fixture(scope="module", params=["sd3", "sdxl"])
+def folder(request, tmp_path_factory):
+    return tiny_pipelines.save(tmp_path_factory.mktemp("pipe") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def prompts_file(tmp_path_factory):
 
 
 def latents_like(pipe, count=3, seed=0):
-    factor = pipe.vae_scale_factor
-    shape = (count, pipe.transformer.config.in_channels, SIZE["height"] // factor, SIZE["width"] // factor)
+    factor, denoiser = pipe.vae_scale_factor, pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    shape = (count, denoiser.config.in_channels, SIZE["height"] // factor, SIZE["width"] // factor)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
@@ -54,15 +54,25 @@ def run_sample(out, model, prompts, latents, tmp_path, *more):
     return np.load(Path(out) / "images.npy")
 
 
-@pytest.mark.parametrize("guidance, negative", [(5.0, ""), (3.0, "a cross"), (1.0, "")])
+@pytest.mark.parametrize("guidance, negative", [(5.0, None), (5.0, ""), (3.0, "a cross"), (1.0, None)])
 def test_a_teacher_draws_the_pixels_that_diffusers_draws(folder, prompts_file, tmp_path, guidance, negative):
+    compare_teacher(folder, prompts_file, tmp_path, guidance, negative)
+
+
+def test_a_v_predicting_teacher_draws_the_pixels_that_diffusers_draws(prompts_file, tmp_path):
+    folder = tiny_pipelines.save(tmp_path / "pipe", "sdxl_v")
+    compare_teacher(folder, prompts_file, tmp_path, 4.0, None)
+
+
+def compare_teacher(folder, prompts_file, tmp_path, guidance, negative):
     pipe = tiny_pipelines.load(folder)
     latents = latents_like(pipe)
-    options = ["--steps", 4, "--guidance", guidance, "--negative_prompt", negative]
+    options = ["--steps", 4, "--guidance", guidance]
+    options += [] if negative is None else ["--negative_prompt", negative]
     ours = run_sample(tmp_path / "out", folder, prompts_file, latents, tmp_path, *options)
     theirs = pipe(
         PROMPTS,
-        negative_prompt=[negative] * len(PROMPTS),
+        negative_prompt=negative and [negative] * len(PROMPTS),
         latents=torch.from_numpy(latents),
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -80,6 +90,8 @@ def trained(request, folder, prompts_file, tmp_path_factory):
     runs = {}
     for kernel in ("renoise", "ode"):
         settings = dict(generator__kind=request.param, student__simulation=kernel, steps=2, height=16, width=24)
+        if "sdxl" in str(folder):
+            settings |= dict(student__shift=1.0, generator__lora__targets="wide")
         config = tiny.config(folder, prompts_file, **settings, optim__generator__lr=3e-2, ema=0.0)
         runs[kernel] = tmp_path_factory.mktemp("runs") / kernel
         train(config, runs[kernel])
@@ -126,7 +138,11 @@ def test_the_exported_folder_draws_exactly_our_student(trained, kernel, prompts_
     ours = run_sample(tmp_path / "ours", runs[kernel], prompts_file, latents, tmp_path)
     again = run_sample(tmp_path / "again", out, prompts_file, latents, tmp_path)
     theirs = draw_documented(pipe, text, latents, our_noises(latents) if kernel == "renoise" else None)
-    assert np.allclose(pipe.scheduler.sigmas, [1.0, 0.9, 0.75, 0.5, 0.0], atol=1e-5)
+    if pipe.scheduler.config._class_name == "FlowMatchEulerDiscreteScheduler":
+        assert np.allclose(pipe.scheduler.sigmas, [1.0, 0.9, 0.75, 0.5, 0.0], atol=1e-5)
+    else:
+        assert "timesteps=[999, 749, 499, 249]" in text
+        assert type(pipe.scheduler).__name__ == {"renoise": "LCMScheduler", "ode": "EulerDiscreteScheduler"}[kernel]
     assert np.abs(ours - theirs).max() < 1e-3
     assert np.abs(again - theirs).max() < 1e-3
     teacher = run_sample(tmp_path / "teacher", pipe.config._name_or_path, prompts_file, latents, tmp_path)
@@ -147,7 +163,8 @@ def test_the_exported_lora_draws_exactly_our_student(trained, folder, prompts_fi
     latents = latents_like(pipe)
     before = draw_documented(pipe, text, latents)
     scope = {"pipe": pipe}
-    exec("\n".join(line for line in text.splitlines() if line.startswith(("pipe.load", "pipe.scheduler"))), scope)
+    lines = ("pipe.load", "pipe.scheduler", "from diffusers")
+    exec("\n".join(line for line in text.splitlines() if line.startswith(lines)), scope)
     theirs = draw_documented(pipe, text, latents)
     ours = run_sample(tmp_path / "ours", runs["ode"], prompts_file, latents, tmp_path)
     assert np.abs(ours - theirs).max() < 1e-3

@@ -1,4 +1,4 @@
-"""Random Stable Diffusion 3 pipelines of a few thousand parameters, built in PyTorch and saved by diffusers."""
+"""Random Stable Diffusion 3 and XL pipelines of a few thousand parameters, built in PyTorch and saved by diffusers."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,24 @@ from typing import Any
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from dmdr_jax.shapes.tokenizer import make_tokenizers
 from tests.torch_weights import randomise
@@ -33,9 +49,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "sd35_large": {"qk_norm": "rms_norm", "num_layers": 5},
 }
 
+# SDXL's own scheduler, and one of a model that predicts v.
+_SDXL_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SDXL_KINDS: dict[str, dict[str, Any]] = {
+    "sdxl": {"timestep_spacing": "leading", "steps_offset": 1},
+    "sdxl_v": {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+}
 
-def build(kind: str = "sd3", seed: int = 0) -> StableDiffusion3Pipeline:
-    """A random pipeline: ``sd3``, ``sd3_no_t5``, ``sd35_medium`` (dual attention) or ``sd35_large`` (RMS norms)."""
+
+def build(kind: str = "sd3", seed: int = 0) -> DiffusionPipeline:
+    """A random pipeline.
+
+    ``sd3``, ``sd3_no_t5``, ``sd35_medium`` (dual attention), ``sd35_large`` (RMS norms), ``sdxl``, or ``sdxl_v``, which
+    predicts v and whose absent prompt is the empty one.
+    """
+    if kind in SDXL_KINDS:
+        return _build_sdxl(kind, seed)
     has_t5 = kind != "sd3_no_t5"
     tokenizers = make_tokenizers(WORDS, CONTEXT)
     encoders = [
@@ -70,15 +99,34 @@ def save(folder: Path, kind: str = "sd3", dtype: torch.dtype | None = None, **op
     return folder
 
 
-def load(folder: Path, **options: Any) -> StableDiffusion3Pipeline:
+def _build_sdxl(kind: str, seed: int) -> StableDiffusionXLPipeline:
+    tokenizers = make_tokenizers(WORDS, CONTEXT)
+    classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    encoders = [randomise(classes[i](_clip_config(i, len(tokenizers[i]), tokenizers[i])), seed + i) for i in (0, 1)]
+    return StableDiffusionXLPipeline(
+        unet=randomise(UNet2DConditionModel(**_unet_config()), seed + 3),
+        scheduler=EulerDiscreteScheduler(**_SDXL_NOISE, **SDXL_KINDS[kind]),
+        vae=randomise(AutoencoderKL(**_vae_config() | {"shift_factor": None, "use_quant_conv": True}), seed + 4),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        force_zeros_for_empty_prompt=kind == "sdxl",
+        add_watermarker=False,
+    )
+
+
+def load(folder: Path, **options: Any) -> DiffusionPipeline:
     """The folder as diffusers reads it, silent and in fp32.
 
     diffusers wants to be told in the call where a folder has no T5.
     """
     index = json.loads((Path(folder) / "model_index.json").read_text())
-    if index["text_encoder_3"][0] is None:
+    if index.get("text_encoder_3", [""])[0] is None:
         options |= {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **options)
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        options |= {"add_watermarker": False}
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -147,6 +195,24 @@ def _transformer_config(kind: str) -> dict[str, Any]:
         "pos_embed_max_size": 12,
     }
     return {**config, **KINDS[kind]}
+
+
+def _unet_config() -> dict[str, Any]:
+    return {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "norm_num_groups": 4,
+        "cross_attention_dim": sum(_CLIP_WIDTHS),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + _PROJECTIONS[1],
+    }
 
 
 def _vae_config() -> dict[str, Any]:

@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
+    c.family = "sd3"
     c.world = "small"
     c.seed = 0
 
     c.vae = ConfigDict()
+    c.vae.source = ""  # trained here
     c.vae.model = ConfigDict(
         dict(
             in_channels=3,
@@ -35,7 +37,7 @@ def get_config() -> ConfigDict:
     c.vae.kl_weight = 1e-4
     c.vae.decoder = ConfigDict(dict(steps=3000, batch=32, lr=2e-3, noise=0.15))  # then the decoder alone
 
-    c.transformer = ConfigDict(
+    c.denoiser = ConfigDict(
         dict(
             sample_size=8,
             patch_size=2,
@@ -65,5 +67,5 @@ def get_config() -> ConfigDict:
     c.teacher.uncond_probability = 0.1
     c.teacher.ema = 0.999
     c.teacher.save_every = 1000
-    c.teacher.shift = 3.0  # the scheduler's, as Stable Diffusion 3's
+    c.scheduler = ConfigDict(dict(num_train_timesteps=1000, shift=3.0))  # as Stable Diffusion 3's
     return c

@@ -1,6 +1,6 @@
 """The networks of a pipeline folder: from a ``config.json`` to a Linen module and its parameter shapes.
 
-A new family (SDXL) is an entry in `FAMILIES` and the builders of its classes.
+A family is an entry in `FAMILIES` and the builders of its classes.
 """
 
 import dataclasses
@@ -29,6 +29,10 @@ class Family:
       pipeline_class: ``_class_name`` in diffusers' ``model_index.json``.
       classes: component, its library and its class, in the order in which they are loaded.
       tokenizers: the tokenizer of each text encoder.
+      denoiser: the component that is distilled.
+      scheduler: class of the scheduler in a folder written from scratch.
+      steps, guidance: what diffusers' pipeline draws with by default.
+      settings: other keys of ``model_index.json`` in a folder written from scratch.
       optional: components that a pipeline may lack.
     """
 
@@ -36,6 +40,11 @@ class Family:
     pipeline_class: str
     classes: Mapping[str, tuple[str, str]]
     tokenizers: Mapping[str, str]
+    denoiser: str
+    scheduler: str
+    steps: int
+    guidance: float
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ()
 
 
@@ -50,10 +59,36 @@ SD3 = Family(
         "text_encoder_3": ("transformers", "T5EncoderModel"),
     },
     tokenizers={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"},
+    denoiser="transformer",
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    steps=28,
+    guidance=7.0,
     optional=("text_encoder_3",),
 )
 
-FAMILIES = {family.pipeline_class: family for family in (SD3,)}
+SDXL = Family(
+    name="sdxl",
+    pipeline_class="StableDiffusionXLPipeline",
+    classes={
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    },
+    tokenizers={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    denoiser="unet",
+    scheduler="EulerDiscreteScheduler",
+    steps=50,
+    guidance=5.0,
+    settings={"force_zeros_for_empty_prompt": True, "image_encoder": [None, None], "feature_extractor": [None, None]},
+)
+
+FAMILIES = {family.pipeline_class: family for family in (SD3, SDXL)}
+
+
+def denoiser_of(components: Mapping[str, Any]) -> str:
+    """Which of a pipeline's components (by name) is the denoiser."""
+    return next(family.denoiser for family in FAMILIES.values() if family.denoiser in components)
 
 
 def read_json(file: str | Path) -> Config:
@@ -98,6 +133,16 @@ def _traced_params(class_name: str, module: nn.Module) -> Any:
     return keymap.abstract(module, *_BUILDERS[class_name][1](module.config))
 
 
+def buffers(class_name: str, module: nn.Module) -> dict[str, Callable[[], Any]]:
+    """What a checkpoint of such a network may lack, as it follows from the config: tensors by key, to be computed."""
+    if class_name != "SD3Transformer2DModel":
+        return {}
+    from dmdr_jax.models.mmdit import position_table
+
+    c = module.config
+    return {"pos_embed.pos_embed": lambda: position_table(c.pos_embed_max_size, c.width, c.sample_size // c.patch_size)}
+
+
 def init_params(class_name: str, module: nn.Module, key: jax.Array) -> Any:
     """A freshly initialised parameter tree, for networks that are trained from scratch."""
     inputs = [jnp.zeros(a.shape, a.dtype) for a in _BUILDERS[class_name][1](module.config)]
@@ -119,6 +164,21 @@ def _mmdit_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     return latents, _array(1), _array(1, 1, c.joint_attention_dim), _array(1, c.pooled_projection_dim)
 
 
+def _unet(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+    from dmdr_jax.models.unet import UNet2DCondition
+    from dmdr_jax.models.unet_config import UNetConfig
+
+    return UNet2DCondition(UNetConfig.from_diffusers(config), dtype)
+
+
+def _unet_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    from dmdr_jax.models.unet_config import TIME_IDS
+
+    side = 2 ** (len(c.block_out_channels) - 1)
+    latents = _array(1, side, side, c.in_channels)
+    return latents, _array(1), _array(1, 1, c.cross_attention_dim), _array(1, c.pooled_dim), _array(1, TIME_IDS)
+
+
 def _vae(config: Mapping[str, Any], dtype: Any) -> nn.Module:
     from dmdr_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
@@ -129,12 +189,17 @@ def _vae_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (_array(1, c.downsampling, c.downsampling, 3),)
 
 
-def _clip(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+def _tiny_vae(config: Mapping[str, Any], dtype: Any) -> nn.Module:
+    from dmdr_jax.models.tiny_autoencoder import AutoencoderTiny, AutoencoderTinyConfig
+
+    return AutoencoderTiny(AutoencoderTinyConfig.from_diffusers(config), dtype)
+
+
+def _clip(class_name: str, config: Mapping[str, Any], dtype: Any) -> nn.Module:
     from dmdr_jax.models.clip import ClipTextConfig, ClipTextModel
 
-    # The place in the pipeline says that there is a projection, also where the file does not.
-    config = {"architectures": ["CLIPTextModelWithProjection"], **config}
-    return ClipTextModel(ClipTextConfig.from_diffusers(config), dtype)
+    # The place in the pipeline says whether there is a projection, also where the file does not.
+    return ClipTextModel(ClipTextConfig.from_diffusers({**config, "architectures": [class_name]}), dtype)
 
 
 def _t5(config: Mapping[str, Any], dtype: Any) -> nn.Module:
@@ -150,7 +215,10 @@ def _token_inputs(_: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 # Class name to (module from config, shapes of its inputs from its config).
 _BUILDERS: dict[str, tuple[Callable[..., nn.Module], Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]]] = {
     "SD3Transformer2DModel": (_mmdit, _mmdit_inputs),
+    "UNet2DConditionModel": (_unet, _unet_inputs),
     "AutoencoderKL": (_vae, _vae_inputs),
-    "CLIPTextModelWithProjection": (_clip, _token_inputs),
+    "AutoencoderTiny": (_tiny_vae, _vae_inputs),
+    "CLIPTextModel": (functools.partial(_clip, "CLIPTextModel"), _token_inputs),
+    "CLIPTextModelWithProjection": (functools.partial(_clip, "CLIPTextModelWithProjection"), _token_inputs),
     "T5EncoderModel": (_t5, _token_inputs),
 }

@@ -40,6 +40,16 @@ def locate(name: str, components: Iterable[str] | None = None, variant: str | No
     return _fetch(name, weight_patterns(plain, None)) if plain else folder
 
 
+def locate_network(name: str) -> Path:
+    """The folder of a single network, downloaded where ``name`` is a hub id; raises as `locate`."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"there is no folder {name}; give one with a config.json, or a hub id such as owner/model.")
+    return _fetch(name, ["config.json", *(f"{stem}*.safetensors*" for stem in STEMS)])
+
+
 def family_of(model_index: Mapping[str, object], folder: Path) -> Family:
     """The family of a ``model_index.json``; UserError if there is none for it."""
     name = model_index.get("_class_name")

@@ -55,13 +55,28 @@ class Entry:
     shape: tuple[int, ...]
     transposed: bool
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a stored tensor of this shape can fill the place.
+
+        Old checkpoints store some dense layers as 1 x 1 convolutions: the same numbers under two more axes.
+        """
+        return shape == self.shape or (self.transposed and same_kernel(shape, self.shape))
+
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The checkpoint tensor in the tree's layout (a view)."""
-        return tensor.transpose(TO_OURS[tensor.ndim]) if self.transposed else tensor
+        """The checkpoint tensor, or several stacked along leading axes, in the tree's layout (a view)."""
+        if not self.transposed:
+            return tensor
+        lead = tensor.ndim - len(self.shape)
+        return tensor.transpose(*range(lead), *(lead + axis for axis in TO_OURS[len(self.shape)]))
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """One (unstacked) array of the tree in the checkpoint's layout (a view)."""
         return array.transpose(TO_TORCH[array.ndim]) if self.transposed else array
+
+
+def same_kernel(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether two shapes differ at most in a window of 1 x 1: a dense kernel and a convolution of the same."""
+    return (a[:2] if a[2:] == (1, 1) else a) == (b[:2] if b[2:] == (1, 1) else b)
 
 
 def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:

@@ -1,27 +1,38 @@
-"""LoRA deltas as the safetensors files of PEFT and diffusers, both ways.
+"""LoRA deltas as safetensors files: ours for diffusers and PEFT, and those of other trainers for us.
 
 A delta leaf ``(..., "kernel") -> {"a", "b"}`` of the module ``m`` is the pair
 ``transformer.m.lora_A.weight`` and ``transformer.m.lora_B.weight`` in PyTorch's layout. diffusers applies a file
 without further word as ``W + B A``, so the scale (``alpha / r``, and whatever else the caller multiplies
-with) is folded into B when writing: every reader then reproduces it.
+with) is folded into B when writing: every reader then reproduces it. `lora_names` has the names under which files
+of other trainers hold the same.
 """
 
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from dmdr_jax.diffusers_io import keymap
-from dmdr_jax.diffusers_io.safetensors_io import open_tensors, save_file, tensor_names
+from dmdr_jax.diffusers_io import keymap, lora_names
+from dmdr_jax.diffusers_io.safetensors_io import save_file
+from dmdr_jax.diffusers_io.tensor_file import TensorFile
 from dmdr_jax.errors import UserError
 
 Tree = Any
+Pair = tuple[np.ndarray, np.ndarray]
+
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What diffusers and PEFT call such a file in a folder."""
+
+CONFIG_NAME = "adapter_config.json"
+"""PEFT's configuration, beside the file."""
 
 _FACTORS = {"a": "lora_A", "b": "lora_B"}
 _METADATA = "lora_adapter_metadata"
-_ALPHA = ".alpha"
 
 
 def write_lora(
@@ -48,32 +59,33 @@ def write_lora(
     save_file(tensors, file)
 
 
-def read_lora(file: str | Path, abstract: Tree, component: str = "transformer") -> tuple[Tree, float]:
+def read_lora(
+    file: str | Path, abstract: Tree, component: str = "transformer", alpha: float | None = None
+) -> tuple[Tree, float]:
     """Reads a LoRA file as a delta on a parameter tree.
 
-    Modules of one stack that the file leaves out get a zero delta, and lower ranks are filled up with zeros.
+    Modules of one stack that the file leaves out get a zero delta, and lower ranks are filled up with zeros. Alpha is
+    taken from tensors beside the factors, else from PEFT's configuration in the file's header, else from an
+    ``adapter_config.json`` beside the file; a file that says nothing means ``W + B A``, as diffusers reads it.
 
     Args:
-      file: in PEFT's naming, with or without the component's prefix.
+      file: one of PEFT, diffusers or kohya's scripts (`lora_names`), or a folder with one under its usual name.
       abstract: the parameters (arrays or shapes) that the delta is for.
       component: the network to read.
+      alpha: for a file that does not say it.
 
     Returns:
       (delta in fp32, scale). The scale is ``alpha / r`` where it is one number for the whole file; else
       it is folded into the ``b`` factors, and 1.
 
     Raises:
-      UserError: an unknown key, a shape that does not fit, or half a pair.
+      UserError: a name or a shape that does not fit, half a pair, or an adapter that is not plain LoRA.
     """
-    with open_tensors(file) as reader:
-        tensors = {key: np.asarray(reader.get_tensor(key), np.float32) for key in tensor_names(reader)}
-        metadata = json.loads((reader.metadata() or {}).get(_METADATA, "{}"))
-    tensors = _without_prefix(tensors, component, file)
-    alphas = {key.removesuffix(_ALPHA): tensors.pop(key).item() for key in list(tensors) if key.endswith(_ALPHA)}
+    file = _located(Path(file))
     places = {e.key.removesuffix(".weight"): e for e in keymap.entries(abstract) if e.path[-1] == "kernel"}
-    pairs = _pairs(tensors, places, file)
-    alphas = {**_metadata_alphas(metadata, component, pairs), **alphas}
-    scales = {module: alphas.get(module, float(_rank(pair))) / _rank(pair) for module, pair in pairs.items()}
+    pairs, alphas = _read_pairs(file, places, component)
+    scale_of = _configured_scales(file, component, alpha)
+    scales = {m: alphas[m] / _rank(pair) if m in alphas else scale_of(m, _rank(pair)) for m, pair in pairs.items()}
     common = set(scales.values())
     scale = common.pop() if len(common) == 1 else 1.0
 
@@ -88,6 +100,37 @@ def read_lora(file: str | Path, abstract: Tree, component: str = "transformer") 
     return keymap.unflatten(flat), scale
 
 
+def start_from(initial: Tree, delta: Tree, factor: float) -> Tree:
+    """A delta to train on, from a new one and one that was read: it starts as the latter and all of it can learn.
+
+    What the read delta leaves free (directions beyond its rank, modules it does not have) keeps the new one's random
+    A and zero B, as two zero factors would never leave zero.
+
+    Args:
+      initial: of `dmdr_jax.lora.init`.
+      delta: of `read_lora`, for the same network.
+      factor: the read scale over the scale that the result is run with.
+
+    Raises:
+      UserError: the delta has a larger rank, or changes a module that the new one does not.
+    """
+    targets = dict(delta_leaves(initial))
+    result = dict(targets)
+    for path, pair in delta_leaves(delta):
+        name = ".".join(path[:-1])
+        if path not in targets:
+            raise UserError(f"the LoRA to start from changes {name}, which config.generator.lora.targets leaves out.")
+        new, r = targets[path], pair["a"].shape[-1]
+        if r > new["a"].shape[-1]:
+            rank = new["a"].shape[-1]
+            raise UserError(f"the LoRA to start from has rank {r}, more than config.generator.lora.rank = {rank}.")
+        result[path] = {
+            "a": new["a"].at[..., :r].set(jnp.where(_used(pair), pair["a"], new["a"][..., :r])),
+            "b": new["b"].at[..., :r, :].set(factor * pair["b"]),
+        }
+    return keymap.unflatten(result)
+
+
 def delta_leaves(delta: Tree, path: keymap.Path = ()) -> Iterator[tuple[keymap.Path, dict[str, Any]]]:
     """Parameter paths and their ``{"a", "b"}`` in a delta."""
     for name, value in delta.items():
@@ -97,56 +140,103 @@ def delta_leaves(delta: Tree, path: keymap.Path = ()) -> Iterator[tuple[keymap.P
             yield from delta_leaves(value, (*path, name))
 
 
-def _without_prefix(tensors: dict[str, np.ndarray], component: str, file: str | Path) -> dict[str, np.ndarray]:
-    """Keys relative to the component; UserError for another component's, which would be dropped silently."""
-    if not any(key.startswith(f"{component}.") for key in tensors):
-        return tensors
-    foreign = [key for key in tensors if not key.startswith(f"{component}.")]
-    if foreign:
-        raise UserError(f"{file}: {foreign[0]!r} is not of the {component}; only its LoRA can be read.")
-    return {key.removeprefix(f"{component}."): tensor for key, tensor in tensors.items()}
+def _used(pair: Mapping[str, Any]) -> Any:
+    """Which directions of a pair are not all zeros: ``[..., 1, r]``, to select columns of ``a``."""
+    a, b = jnp.asarray(pair["a"]), jnp.asarray(pair["b"])
+    window = (-4, -3) if b.shape[-4:-2] == (1, 1) else ()
+    return (a != 0).any((*window, -2), keepdims=True) | (b != 0).any(-1)[..., None, :]
 
 
-def _pairs(
-    tensors: dict[str, np.ndarray], places: dict[str, keymap.Entry], file: str | Path
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The factors ``(A, B)`` of each module in PyTorch's layout, checked against the modules' shapes."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in tensors.items():
-        module, _, letters = key.removesuffix(".weight").rpartition(".")
-        if letters not in _FACTORS.values() or not key.endswith(".weight") or module not in places:
-            nearest = keymap.closest(module or key, places)
-            raise UserError(f"{file}: {key!r} names no LoRA factor of this model; closest modules: {nearest}.")
-        found.setdefault(module, {})[letters] = tensor
-    pairs = {}
-    for module, factors in found.items():
-        if len(factors) < 2:
-            raise UserError(f"{file}: {module} has only {next(iter(factors))}, not both LoRA factors.")
-        a, b = factors["lora_A"], factors["lora_B"]
-        shape = places[module].shape
-        if a.shape[1:] != shape[1:] or b.shape[0] != shape[0] or b.shape[1] != a.shape[0] or b.ndim != len(shape):
-            raise UserError(
-                f"{file}: the factors of {module}, {list(a.shape)} and {list(b.shape)}, "
-                f"do not fit its weight {list(shape)}."
-            )
-        pairs[module] = a, b
-    return pairs
+def _located(file: Path) -> Path:
+    """The file itself, in a folder too."""
+    if not file.is_dir():
+        return file
+    found = [file / name for name in FILE_NAMES if (file / name).is_file()] or sorted(file.glob("*.safetensors"))
+    if len(found) != 1:
+        held = ", ".join(p.name for p in found) or "none"
+        raise UserError(f"{file} should hold one LoRA file, such as {FILE_NAMES[0]}, but has {held}; name the file.")
+    return found[0]
 
 
-def _rank(pair: tuple[np.ndarray, np.ndarray]) -> int:
+def _read_pairs(
+    file: Path, places: Mapping[str, keymap.Entry], component: str
+) -> tuple[dict[str, Pair], dict[str, float]]:
+    """The factors ``(A, B)`` of each module in PyTorch's layout, fp32 and checked, and alphas stored beside them."""
+    if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise UserError(f"{file} is pickled; save the LoRA again as safetensors.")
+    tensors = TensorFile(file)
+    found: dict[str, dict[str, str]] = {}
+    for key in tensors.headers:
+        module, role = lora_names.split(key, places, component, file)
+        if role in found.setdefault(module, {}):
+            raise UserError(f"{file}: {key!r} and {found[module][role]!r} are the same factor of {module}.")
+        found[module][role] = key
+    if not found:
+        raise UserError(f"{file} holds no tensors.")
+    pairs, alphas = {}, {}
+    for module, keys in found.items():
+        absent = {lora_names.A, lora_names.B} - set(keys)
+        if absent:
+            held = next(iter(keys.values()))
+            raise UserError(f"{file}: {module} has only {held!r}, not both LoRA factors.")
+        read = {role: np.asarray(tensors.read(key), np.float32) for role, key in keys.items()}
+        pairs[module] = _fitted(read[lora_names.A], read[lora_names.B], places[module], file)
+        if lora_names.ALPHA in read:
+            alphas[module] = float(read[lora_names.ALPHA].reshape(-1)[0])
+    return pairs, alphas
+
+
+def _fitted(a: np.ndarray, b: np.ndarray, entry: keymap.Entry, file: Path) -> Pair:
+    """The factors with the axes of their weight; UserError where they do not fit it."""
+    shape, r = entry.shape, a.shape[0] if a.ndim else 0
+    wanted = (r, *shape[1:]), (shape[0], r, *(1 for _ in shape[2:]))
+    # Some trainers store the factors of a dense layer as 1 x 1 convolutions.
+    same = all(keymap.same_kernel(x.shape, w) for x, w in zip((a, b), wanted, strict=True))
+    if not same or r < 1:
+        module = entry.key.removesuffix(".weight")
+        raise UserError(
+            f"{file}: the factors of {module}, {list(a.shape)} and {list(b.shape)}, do not fit its weight {list(shape)}."
+        )
+    return a.reshape(wanted[0]), b.reshape(wanted[1])
+
+
+def _rank(pair: Pair) -> int:
     return pair[0].shape[0]
 
 
-def _metadata_alphas(metadata: dict[str, Any], component: str, modules: Any) -> dict[str, float]:
-    """Alpha by module from a PEFT configuration in a file's header, where it has one."""
-    alpha = metadata.get(f"{component}.lora_alpha", metadata.get("lora_alpha"))
-    pattern = metadata.get(f"{component}.alpha_pattern", metadata.get("alpha_pattern")) or {}
-    alphas = {} if alpha is None else dict.fromkeys(modules, float(alpha))
-    return {**alphas, **{name.removeprefix("^"): float(value) for name, value in pattern.items()}}
+def _configured_scales(file: Path, component: str, alpha: float | None) -> Callable[[str, int], float]:
+    """``(module, rank) -> scale`` by PEFT's configuration of the file, which may be none."""
+    config = _configuration(file, component)
+    kind = config.get("peft_type") or "LORA"
+    if kind != "LORA" or config.get("use_dora") or config.get("lora_bias"):
+        what = kind if kind != "LORA" else "DoRA" if config.get("use_dora") else "LoRA with biases"
+        raise UserError(f"{file} is {what} by its configuration, not plain LoRA; only that can be read.")
+    common, patterns = config.get("lora_alpha", alpha), config.get("alpha_pattern") or {}
+
+    def scale(module: str, rank: int) -> float:
+        own = next((value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), common)
+        if own is None:
+            return 1.0
+        return float(own) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return scale
+
+
+def _configuration(file: Path, component: str) -> dict[str, Any]:
+    """PEFT's settings for the component, from the file's header or from beside it; empty where there are none."""
+    beside = file.with_name(CONFIG_NAME)
+    try:
+        packed = json.loads(TensorFile(file).metadata.get(_METADATA, "{}"))
+        if not packed and beside.is_file():
+            packed = json.loads(beside.read_text(encoding="utf-8"))
+        own = {k.removeprefix(f"{component}."): v for k, v in packed.items() if k.startswith(f"{component}.")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the LoRA configuration of {file} cannot be read ({error}).") from error
+    return own or packed
 
 
 def _empty_leaf(
-    entry: keymap.Entry, leaf: Any, pairs: dict[str, tuple[np.ndarray, np.ndarray]], places: dict[str, keymap.Entry]
+    entry: keymap.Entry, leaf: Any, pairs: Mapping[str, Pair], places: Mapping[str, keymap.Entry]
 ) -> dict[str, np.ndarray]:
     """Zeros for a leaf's factors, with the largest rank among the stacked modules."""
     r = max(_rank(pair) for module, pair in pairs.items() if places[module].path == entry.path)

@@ -20,7 +20,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dmdr_jax.diffusers_io import hub, keymap, safetensors_io
-from dmdr_jax.diffusers_io.components import SD3, Config, Family, abstract_params, build_module, class_of, read_json
+from dmdr_jax.diffusers_io.components import (
+    FAMILIES,
+    SD3,
+    Config,
+    Family,
+    abstract_params,
+    buffers,
+    build_module,
+    class_of,
+    read_json,
+)
+from dmdr_jax.diffusion.process import Flow, Process, VariancePreserving
 from dmdr_jax.errors import UserError
 
 STUDENT_FILE = "dmdr_student.json"
@@ -31,7 +42,6 @@ DIFFUSERS_VERSION = "0.42.1"
 
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
-_SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 _FULL_PRECISION = ("vae",)
 
 Tree = Any
@@ -45,7 +55,7 @@ class Pipeline:
     Attributes:
       name: what the user called it.
       folder: where it lies.
-      family: "sd3".
+      family: "sd3" or "sdxl".
       model_index: ``model_index.json``.
       configs: ``config.json`` of each component that the pipeline has.
       scheduler: ``scheduler/scheduler_config.json``.
@@ -67,6 +77,31 @@ class Pipeline:
     tokenizers: dict[str, Any]
     variant: str | None = None
     student: Config | None = None
+
+    @property
+    def kind(self) -> Family:
+        """What the family consists of and how it draws by default."""
+        return next(family for family in FAMILIES.values() if family.name == self.family)
+
+    @property
+    def denoiser(self) -> str:
+        """The component that is distilled: "transformer" or "unet"."""
+        return self.kind.denoiser
+
+    @property
+    def process(self) -> Process:
+        """The noise process that the denoiser was trained on."""
+        return process_of(self.kind, self.scheduler)
+
+    @property
+    def zero_uncond(self) -> bool:
+        """Whether the absent prompt is zeros, in place of the encoded empty prompt."""
+        return self.family != SD3.name and bool(self.model_index.get("force_zeros_for_empty_prompt", True))
+
+
+def process_of(family: Family, scheduler_config: Mapping[str, Any]) -> Process:
+    """The noise process of a family's denoisers, with the numbers of a scheduler's configuration."""
+    return Flow() if family is SD3 else VariancePreserving.from_scheduler(scheduler_config)
 
 
 def load_pipeline(
@@ -118,6 +153,7 @@ def load_pipeline(
             _dtype_of(component, dtype),
             sharding(component, abstract) if sharding else None,
             variant,
+            buffers(family.classes[component][1], modules[component]),
         )
     student = read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else None
     return Pipeline(
@@ -135,6 +171,24 @@ def load_pipeline(
     )
 
 
+def load_network(folder: str | Path, dtype: Any = jnp.float32) -> tuple[nn.Module, Tree]:
+    """One network that is no part of a pipeline, computing in fp32: its module and its parameters in ``dtype``.
+
+    Args:
+      folder: with ``config.json`` and safetensors weights, or a hub id.
+
+    Raises:
+      UserError: the folder is absent, damaged, or holds a network that is not known here.
+    """
+    folder = hub.locate_network(str(folder))
+    config = read_json(folder / _CONFIG)
+    class_name = class_of(config)
+    if class_name is None:
+        raise UserError(f"{folder / _CONFIG} does not say which network it describes (_class_name).")
+    module = build_module(class_name, config)
+    return module, safetensors_io.read_tree(folder, abstract_params(class_name, module), dtype)
+
+
 def save_pipeline(
     pipeline: Pipeline,
     out_dir: str | Path,
@@ -150,7 +204,7 @@ def save_pipeline(
       pipeline: the pipeline the parameters belong to; what is not in ``params`` is copied from its folder.
       out_dir: must not exist or be empty, unless ``overwrite``; appears only when complete.
       params: parameter tree of each changed component, full and merged.
-      scheduler_config: replaces the pipeline's (see `dmdr_jax.diffusion.grids.scheduler_config_for`).
+      scheduler_config: replaces the pipeline's, its class in ``_class_name`` (see `dmdr_jax.exporting`).
       student: written to `STUDENT_FILE`.
       dtype: type to store the changed components in; None for the type they have in the folder.
 
@@ -172,7 +226,10 @@ def save_pipeline(
         _write_json(folder / _SCHEDULER, scheduler_config or pipeline.scheduler)
         if student is not None:
             _write_json(folder / STUDENT_FILE, student)
-        _write_json(folder / hub.INDEX, _index_of(pipeline))
+        index = _index_of(pipeline)
+        if scheduler_config is not None:
+            index["scheduler"] = ["diffusers", scheduler_config["_class_name"]]
+        _write_json(folder / hub.INDEX, index)
     return Path(out_dir)
 
 
@@ -228,10 +285,9 @@ def new_pipeline_folder(
             if component in params:
                 tokenizers[component].save_pretrained(folder / tokenizer)
                 index[tokenizer] = ["transformers", type(tokenizers[component]).__name__]
-        named = {"_class_name": _SCHEDULER_CLASS, "_diffusers_version": DIFFUSERS_VERSION}
+        named = {"_class_name": family.scheduler, "_diffusers_version": DIFFUSERS_VERSION}
         _write_json(folder / _SCHEDULER, {**named, **scheduler_config})
-        index["scheduler"] = ["diffusers", _SCHEDULER_CLASS]
-        _write_json(folder / hub.INDEX, index)
+        _write_json(folder / hub.INDEX, {**index, "scheduler": ["diffusers", family.scheduler], **family.settings})
     return Path(out_dir)
 
 

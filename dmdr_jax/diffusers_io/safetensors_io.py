@@ -1,24 +1,28 @@
 """Weight files of a model folder: streamed into a parameter tree, and out of one.
 
-Reading holds one leaf on the host at a time: each tensor is read alone, put into our layout and the
-wanted type, stacked where the tree stacks it, and handed to the devices before the next leaf is read.
-Writing fills one shard at a time. A file appears under its name only when it is complete.
+Reading holds one leaf on the host at a time: its tensors are put side by side in the wanted type and handed to the
+devices, which bring them into our layout. Writing holds one leaf too. A file appears under its name only when it is
+complete.
 """
 
 import contextlib
 import json
+import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmdr_jax.diffusers_io.keymap import Entry, closest, entries, leaves, resolve, unflatten
+from dmdr_jax.diffusers_io import keymap
+from dmdr_jax.diffusers_io.keymap import Entry, entries, leaves, unflatten
+from dmdr_jax.diffusers_io.read_plan import Read, Stored, make_plan
+from dmdr_jax.diffusers_io.tensor_file import FLOATS, TensorFile
 from dmdr_jax.errors import UserError
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -26,13 +30,17 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 MAX_SHARD_BYTES = 5 * 2**30
 
+Buffers = Mapping[str, Callable[[], np.ndarray]]
+"""Tensors by key, in the checkpoint's layout, for those that a checkpoint may lack because they can be computed."""
+
 _SUFFIX = ".safetensors"
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_NAMED_AT_MOST = 5
+_TYPES = {name: stored for stored, name in FLOATS.items()} | {
+    f"{sign}int{bits}": f"{sign.upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
 
 
-def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Path]:
-    """Where each tensor of a model folder lies.
+def stored_tensors(folder: str | Path, variant: str | None = None) -> dict[str, Stored]:
+    """What a model folder holds, from the headers of its weight files.
 
     Args:
       folder: such as ``.../transformer``, with one weight file or several and their index.
@@ -40,26 +48,48 @@ def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Pa
         diffusers does.
 
     Returns:
-      File by checkpoint key.
+      Tensors by checkpoint key.
 
     Raises:
       UserError: no weight files, one named by the index is absent, or one cannot be read.
     """
     folder = Path(folder)
-    for wanted in dict.fromkeys((variant, None)):
+    for wanted in dict.fromkeys((variant or None, None)):
         for stem in STEMS:
-            tag = f".{wanted}" if wanted else ""
-            single, index = folder / f"{stem}{tag}{_SUFFIX}", folder / f"{stem}{_SUFFIX}.index{tag}.json"
+            single = folder / single_name(stem, wanted)
             if single.is_file():
-                return dict.fromkeys(_keys(single), single)
-            if index.is_file():
-                return _sharded(index)
+                return _headers(single)
+            for name in index_names(stem, wanted):
+                if (folder / name).is_file():
+                    return _sharded(folder / name)
     raise UserError(_nothing_found(folder, variant))
+
+
+def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Path]:
+    """Where each tensor of a model folder lies: file by checkpoint key (see `stored_tensors`)."""
+    return {key: tensor.file for key, tensor in stored_tensors(folder, variant).items()}
+
+
+def single_name(stem: str, variant: str | None) -> str:
+    """The name of a checkpoint that is one file."""
+    return f"{stem}.{variant}{_SUFFIX}" if variant else f"{stem}{_SUFFIX}"
+
+
+def index_names(stem: str, variant: str | None) -> list[str]:
+    """The names under which the index of a sharded checkpoint is found: today's, then older ones of variants."""
+    if not variant:
+        return [f"{stem}{_SUFFIX}.index.json"]
+    return [
+        f"{stem}{_SUFFIX}.index.{variant}.json",
+        f"{stem}.{variant}{_SUFFIX}.index.json",
+        f"{stem}{_SUFFIX}.{variant}.index.json",
+    ]
 
 
 def has_variant(folder: str | Path, variant: str) -> bool:
     """Whether a model folder holds weight files of this variant."""
-    return any(Path(folder).glob(f"*.{variant}{_SUFFIX}")) or any(Path(folder).glob(f"*{_SUFFIX}.index.{variant}.json"))
+    names = [name for stem in STEMS for name in (single_name(stem, variant), *index_names(stem, variant))]
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def read_tree(
@@ -68,48 +98,50 @@ def read_tree(
     dtype: Any = None,
     sharding: Any = None,
     variant: str | None = None,
+    buffers: Buffers | None = None,
 ) -> Any:
     """Reads a model folder into a parameter tree.
+
+    Beside the tree, at most two leaves are in memory at a time, in the type they are read as; the largest
+    leaves are read first, while there is room.
 
     Args:
       folder: the model's folder.
       abstract: the tree as ``jax.ShapeDtypeStruct`` leaves; paths name the checkpoint keys.
       dtype: type of the arrays; None keeps the type each leaf is stored in.
       sharding: None, one ``jax.sharding.Sharding`` for all leaves, or a tree of them.
-      variant: see `weight_files`.
+      variant: see `stored_tensors`.
+      buffers: what to put where the folder lacks a tensor.
 
     Returns:
       A nested dictionary of jax arrays like ``abstract``.
 
     Raises:
-      UserError: a file, key or shape is not what the tree needs.
+      UserError: a file, key, shape or type is not what the tree needs.
     """
-    files = weight_files(folder, variant)
-    wanted = entries(abstract)
-    names = _matched(Path(folder), wanted, files)
+    buffers = buffers or {}
+    plan = make_plan(abstract, stored_tensors(folder, variant), folder, buffers)
     shardings = _sharding_by_path(abstract, sharding)
-    by_leaf: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in wanted:
-        by_leaf.setdefault(entry.path, []).append(entry)
-    flat = {}
-    with contextlib.ExitStack() as stack:
-        readers = {file: stack.enter_context(open_tensors(file)) for file in {files[name] for name in names.values()}}
-        _check_shapes(wanted, names, files, readers)
-        for path, leaf in leaves(abstract):
-            host = _read_leaf(by_leaf[path], leaf.shape, dtype, names, files, readers)
-            flat[path] = _place(host, shardings.get(path))
-    return unflatten(flat)
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    files: dict[Path, TensorFile] = {}
+    flat: dict[keymap.Path, jax.Array] = {}
+    for entry in plan.absent:
+        tensor = entry.to_ours(np.asarray(buffers[entry.key]()))
+        flat[entry.path] = _place(tensor.astype(dtype or tensor.dtype), shardings.get(entry.path))
+    previous = None
+    for path in sorted(plan.reads, key=lambda path: -math.prod(shapes[path])):
+        flat[path] = _place(_read_leaf(plan.reads[path], dtype, files), shardings.get(path))
+        # A device may still be reading the leaf before; more than that one must not pile up on the host.
+        jax.block_until_ready(previous)
+        previous = flat[path]
+        _release(plan.reads[path], files)
+    return unflatten({path: flat[path] for path in shapes})
 
 
 def stored_dtype(folder: str | Path, variant: str | None = None) -> str:
     """The floating-point type in which most of a model folder's tensors are stored, such as ``"bfloat16"``."""
-    counts: dict[str, int] = {}
-    for file in sorted(set(weight_files(folder, variant).values())):
-        with open_tensors(file) as reader:
-            stored = [_DTYPES.get(reader.get_slice(key).get_dtype()) for key in tensor_names(reader)]
-            for name in filter(None, stored):
-                counts[name] = counts.get(name, 0) + 1
-    return max(counts, key=lambda name: counts[name]) if counts else "float32"
+    stored = [tensor.dtype for tensor in stored_tensors(folder, variant).values() if tensor.dtype in FLOATS]
+    return FLOATS[max(stored, key=stored.count)] if stored else "float32"
 
 
 def write_tree(
@@ -138,7 +170,8 @@ def write_tree(
     written, weight_map = [], {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}{_SUFFIX}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{_SUFFIX}"
-        save_file(dict(_tensors(shard, flat, dtype)), folder / name)
+        described = {entry.key: (_stored_type(flat[entry.path], dtype), entry.shape) for entry in shard}
+        _write_file(folder / name, described, _tensors(shard, flat, dtype), {})
         weight_map.update(dict.fromkeys((entry.key for entry in shard), name))
         written.append(folder / name)
     if len(shards) > 1:
@@ -155,36 +188,47 @@ def save_file(tensors: Mapping[str, np.ndarray], file: str | Path, metadata: Map
     Raises:
       UserError: the disk is full, or the place cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file as save
-
-    # safetensors stores the memory of a transposed view as it lies, silently: only contiguous arrays may go in
-    # (ascontiguousarray would turn a scalar into a vector).
-    whole = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-    with _arriving(Path(file)) as temporary:
-        try:
-            save(whole, temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            raise OSError(error) from error
+    described = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+    _write_file(Path(file), described, tensors.items(), metadata or {})
 
 
 def write_text(file: str | Path, text: str) -> None:
     """Writes one text file, complete or not at all; UserError as `save_file`."""
-    with _arriving(Path(file)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with _arriving(Path(file)) as stream:
+        stream.write(text.encode())
+
+
+def _write_file(
+    file: Path,
+    described: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Any,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes the header, and then each ``(key, tensor)`` as it comes, in the order of ``described``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for key, (dtype, shape) in described.items():
+        start, end = end, end + jnp.dtype(dtype).itemsize * math.prod(shape)
+        header[key] = {"dtype": _TYPES[jnp.dtype(dtype).name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8 bytes
+    with _arriving(file) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in tensors:
+            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
 @contextlib.contextmanager
-def _arriving(file: Path) -> Iterator[Path]:
-    """A temporary name beside ``file`` that becomes ``file`` when the block has ended well."""
+def _arriving(file: Path) -> Iterator[BinaryIO]:
+    """A stream into a temporary name beside ``file`` that becomes ``file`` when the block has ended well."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
         os.chmod(name, 0o644)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error}; check the folder's permissions and free space.") from error
     try:
-        yield Path(name)
+        with open(handle, "wb") as stream:
+            yield stream
         os.replace(name, file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error}; nothing was left under that name.") from error
@@ -193,72 +237,33 @@ def _arriving(file: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
-def open_tensors(file: str | Path) -> Any:
-    """Opens a safetensors file to read single tensors: a context manager as ``safetensors.safe_open``.
+def _headers(file: Path) -> dict[str, Stored]:
+    return {key: Stored(file, header.dtype, header.shape) for key, header in TensorFile(file).headers.items()}
 
-    Raises:
-      UserError: the file is absent, truncated or not safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
 
+def _sharded(index: Path) -> dict[str, Stored]:
+    """Tensors by key from an index, checked against what the files hold."""
     try:
-        # numpy knows bfloat16 because jax, imported above, has registered it.
-        return safe_open(file, framework="np")
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist.") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is {_damage(Path(file))} ({error}); fetch it again.") from error
-
-
-def _damage(file: Path) -> str:
-    """What is wrong with a file that safetensors refuses, with the first tensor that is cut off."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        if len(head) < 8:
-            return f"truncated: it has {size} bytes"
-        length = struct.unpack("<Q", head)[0]
-        if length > size - 8:
-            return f"truncated or no safetensors file: it ends within its header, after {size} bytes"
-        try:
-            header = json.loads(stream.read(length))
-            spans = {key: value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"}
-        except (ValueError, TypeError, KeyError):
-            return "no safetensors file: its header is not readable"
-    cut = [key for key, end in sorted(spans.items(), key=lambda item: item[1]) if 8 + length + end > size]
-    if cut:
-        return f"truncated: it ends within the tensor {cut[0]!r}, after {size} bytes"
-    return "damaged: its header does not describe its data"
-
-
-def tensor_names(reader: Any) -> list[str]:
-    """The keys of a file opened by `open_tensors`, which cannot be iterated over itself."""
-    return list(reader.keys())
-
-
-def _keys(file: Path) -> list[str]:
-    with open_tensors(file) as reader:
-        return tensor_names(reader)
-
-
-def _sharded(index: Path) -> dict[str, Path]:
-    """Files by key from an index, checked against what the files hold."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = sorted(set(weight_map.values()))
+        strange = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a checkpoint index ({error!r}); fetch it again.") from error
-    files = {}
-    for name in sorted(set(weight_map.values())):
+    if strange:
+        raise UserError(f"{index} names a file outside its folder, {strange[0]!r}; fetch it again.")
+    held: dict[str, dict[str, Stored]] = {}
+    for name in names:
         file = index.parent / name
         if not file.is_file():
-            keys = [key for key, held in weight_map.items() if held == name]
+            keys = [key for key, place in weight_map.items() if place == name]
             raise UserError(f"{file} is missing: {index.name} places {len(keys)} tensors there, such as {keys[0]!r}.")
-        files.update(dict.fromkeys(_keys(file), file))
-    absent = [key for key in weight_map if key not in files]
-    if absent:
-        file = index.parent / weight_map[absent[0]]
-        raise UserError(f"{file} lacks the tensor {absent[0]!r} that {index.name} lists.")
-    return files
+        held[name] = _headers(file)
+    for key, name in weight_map.items():
+        if key not in held[name]:
+            raise UserError(f"{index.parent / name} lacks the tensor {key!r} that {index.name} lists.")
+    # A tensor that no index lists is still in the checkpoint; where two files hold one, the index decides.
+    stored = {key: tensor for tensors in held.values() for key, tensor in tensors.items()}
+    return stored | {key: held[name][key] for key, name in weight_map.items()}
 
 
 def _nothing_found(folder: Path, variant: str | None) -> str:
@@ -272,76 +277,66 @@ def _nothing_found(folder: Path, variant: str | None) -> str:
     }
     if variants:
         return f"{folder} has only weights of the variant {' and '.join(sorted(variants))}; ask for that variant."
+    shards = sorted(p.name for p in folder.glob(f"*-of-*{_SUFFIX}"))
+    if shards:
+        return f"{folder} has shards such as {shards[0]} but not their index, {index_names(_stem(shards[0]), None)[0]}."
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         return f"{folder} has pickled weights only; save the model again with safe_serialization=True."
     return f"{folder} has no {STEMS[0]}{_SUFFIX} or {STEMS[1]}{_SUFFIX}."
 
 
-def _matched(folder: Path, wanted: list[Entry], files: Mapping[str, Path]) -> dict[str, str]:
-    """The file's key for each entry; UserError where the two do not match one to one."""
-    names, missing, unexpected = resolve(wanted, files)
-    if missing:
-        key = missing[0]
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise UserError(
-            f"{folder} lacks the tensor {key!r}{more} that its config.json asks for; "
-            f"closest in the file: {closest(key, unexpected)}."
-        )
-    if unexpected:
-        key, rest = unexpected[0], unexpected[_NAMED_AT_MOST:]
-        listed = ", ".join(map(repr, unexpected[:_NAMED_AT_MOST])) + (", ..." if rest else "")
-        raise UserError(
-            f"{files[key]} holds {len(unexpected)} tensors that the model of config.json has no place for: {listed}; "
-            f"closest in the model to the first: {closest(key, [entry.key for entry in wanted])}."
-        )
-    return names
+def _stem(shard: str) -> str:
+    """The stem of a shard's name."""
+    return shard.split("-0", 1)[0]
 
 
-def _check_shapes(
-    wanted: list[Entry], names: Mapping[str, str], files: Mapping[str, Path], readers: Mapping[Path, Any]
-) -> None:
-    """UserError at the first tensor of another shape, before any data is read."""
-    for entry in wanted:
-        name = names[entry.key]
-        shape = tuple(readers[files[name]].get_slice(name).get_shape())
-        if shape != entry.shape:
-            raise UserError(
-                f"{files[name]}: the tensor {name!r} has shape {list(shape)}, "
-                f"but its config.json asks for {list(entry.shape)}; the two are not of one model."
-            )
+def _read_leaf(parts: tuple[Read, ...], dtype: Any, files: dict[Path, TensorFile]) -> np.ndarray:
+    """One leaf of the tree, all its stacked tensors, on the host and in our layout.
+
+    Where the layouts differ, the result is a view with other strides: device_put brings it into line faster than
+    numpy can.
+    """
+    first = parts[0].entry
+    stored = [jnp.dtype(FLOATS[part.stored.dtype]) for part in parts]
+    kind = jnp.dtype(dtype) if dtype is not None else jnp.dtype(jnp.result_type(*stored))
+    if not first.index and stored[0] == kind:
+        host = first.to_ours(_tensor(parts[0], files))
+        # jax keeps a contiguous array as it is where it can, and must not keep a file's pages.
+        return host.copy() if host.flags.c_contiguous else host
+    lengths = tuple(max(part.entry.index[axis] for part in parts) + 1 for axis in range(len(first.index)))
+    host = np.empty((*lengths, *first.shape), kind)
+    for part in parts:
+        host[part.entry.index] = _tensor(part, files)
+        _release((part,), files)
+    return first.to_ours(host)
 
 
-def _read_leaf(
-    parts: list[Entry],
-    shape: tuple[int, ...],
-    dtype: Any,
-    names: Mapping[str, str],
-    files: Mapping[str, Path],
-    readers: Mapping[Path, Any],
-) -> np.ndarray:
-    """One leaf of the tree, all its stacked tensors, on the host."""
-    host = None
-    for entry in parts:
-        name = names[entry.key]
-        try:
-            tensor = entry.to_ours(readers[files[name]].get_tensor(name))
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{files[name]}: the tensor {name!r} cannot be read ({error}).") from error
-        if host is None:
-            host = np.empty(shape, tensor.dtype if dtype is None else jnp.dtype(dtype))
-        host[entry.index] = tensor
-    assert host is not None
-    return host
+def _release(parts: tuple[Read, ...], files: Mapping[Path, TensorFile]) -> None:
+    for part in parts:
+        files[part.stored.file].release(part.key)
+
+
+def _tensor(part: Read, files: dict[Path, TensorFile]) -> np.ndarray:
+    """A stored tensor, a view of its file."""
+    file = part.stored.file
+    if file not in files:
+        files[file] = TensorFile(file)
+    return files[file].read(part.key).reshape(part.entry.shape)
 
 
 def _place(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(host)
+
     # Each process hands over only what its own devices hold.
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    def piece(index: Any) -> np.ndarray:
+        part = host[index]
+        return part.copy() if part.flags.c_contiguous else part
+
+    return jax.make_array_from_callback(host.shape, sharding, piece)
 
 
-def _sharding_by_path(abstract: Any, sharding: Any) -> dict[tuple[str, ...], Any]:
+def _sharding_by_path(abstract: Any, sharding: Any) -> dict[keymap.Path, Any]:
     if sharding is None:
         return {}
     if isinstance(sharding, jax.sharding.Sharding):
@@ -349,17 +344,17 @@ def _sharding_by_path(abstract: Any, sharding: Any) -> dict[tuple[str, ...], Any
     return dict(leaves(sharding))
 
 
-def _stored(leaf: Any, dtype: Any) -> np.dtype:
+def _stored_type(leaf: Any, dtype: Any) -> np.dtype:
     """The type a leaf is written in: integers keep theirs."""
     own = jnp.dtype(leaf.dtype)
     return own if dtype is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(dtype)
 
 
-def _bytes(entry: Entry, flat: Mapping[tuple[str, ...], Any], dtype: Any) -> int:
-    return int(np.prod(entry.shape, dtype=np.int64)) * _stored(flat[entry.path], dtype).itemsize
+def _bytes(entry: Entry, flat: Mapping[keymap.Path, Any], dtype: Any) -> int:
+    return math.prod(entry.shape) * _stored_type(flat[entry.path], dtype).itemsize
 
 
-def _shards(wanted: list[Entry], flat: Mapping[tuple[str, ...], Any], dtype: Any, max_bytes: int) -> list[list[Entry]]:
+def _shards(wanted: list[Entry], flat: Mapping[keymap.Path, Any], dtype: Any, max_bytes: int) -> list[list[Entry]]:
     """Entries in the tree's order, cut into lots of at most ``max_bytes``."""
     shards: list[list[Entry]] = [[]]
     size = 0
@@ -373,11 +368,11 @@ def _shards(wanted: list[Entry], flat: Mapping[tuple[str, ...], Any], dtype: Any
     return shards
 
 
-def _tensors(shard: list[Entry], flat: Mapping[tuple[str, ...], Any], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(shard: list[Entry], flat: Mapping[keymap.Path, Any], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Keys and tensors in the checkpoint's layout; a stacked leaf is fetched from the devices once."""
-    fetched: tuple[tuple[str, ...] | None, np.ndarray] = (None, np.empty(0))
+    fetched: tuple[keymap.Path | None, np.ndarray] = (None, np.empty(0))
     for entry in shard:
         if fetched[0] != entry.path:
             fetched = entry.path, np.asarray(jax.device_get(flat[entry.path]))
-        tensor = entry.to_torch(fetched[1][entry.index]).astype(_stored(flat[entry.path], dtype))
+        tensor = entry.to_torch(fetched[1][entry.index]).astype(_stored_type(flat[entry.path], dtype), copy=False)
         yield entry.key, tensor

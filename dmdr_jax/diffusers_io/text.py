@@ -1,6 +1,9 @@
-"""Prompts to conditioning, as diffusers' ``StableDiffusion3Pipeline.encode_prompt`` does it.
+"""Prompts to conditioning, as diffusers' pipelines do it.
 
-Each CLIP tower gives its last-but-one hidden states and a pooled projection; the two are joined along
+SDXL: each CLIP tower gives its last-but-one hidden states, joined along the features; the second one's
+pooled projection and the image size go with them (Podell et al. 2023, section 2).
+
+SD3: each CLIP tower gives its last-but-one hidden states and a pooled projection; the two are joined along
 the features, padded with zeros to the width of T5, and followed by T5's tokens (Esser et al. 2024,
 figure 2a). A pipeline without T5 puts `MAX_SEQUENCE_LENGTH` zero tokens in their place. These are all alike
 and, as the text stream has no positions, stay alike in every block, so one such token whose key carries
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.diffusers_io.components import SD3, SDXL, denoiser_of
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.conditioning import Conditioning
@@ -59,24 +63,28 @@ def encode(
     modules: Mapping[str, nn.Module],
     params: Mapping[str, Tree],
     ids: Mapping[str, Array],
+    size: tuple[int, int],
     max_sequence_length: int = MAX_SEQUENCE_LENGTH,
 ) -> Conditioning:
-    """Encodes token ids; pure, and jittable with ``modules`` and ``max_sequence_length`` bound.
+    """Encodes token ids; pure, and jittable with ``modules``, ``size`` and ``max_sequence_length`` bound.
 
     Args:
-      modules: of the pipeline; the transformer's config gives the width of the tokens.
+      modules: of the pipeline; the denoiser's config gives the width of the tokens.
       params: parameter trees of the text encoders (more does no harm).
       ids: from `tokenize`: ``[b, n]`` by text encoder.
+      size: height and width of the images in pixels, which SDXL is told.
       max_sequence_length: number of T5 tokens that are stood for where ids has none for T5.
 
     Returns:
-      Conditioning with ``prompt_embeds [b, n + m, d]`` and ``pooled [b, p]``, in the encoders' dtype;
-      m is T5's length, or 1 with a ``key_bias`` where there is no T5.
+      Conditioning with ``prompt_embeds [b, n + m, d]`` and ``pooled [b, p]``, in the encoders' dtype; for SD3
+      m is T5's length, or 1 with a ``key_bias`` where there is no T5; for SDXL m = 0 and there are ``time_ids``.
     """
     towers = [modules[name].apply({"params": params[name]}, ids[name]) for name in CLIP_TOWERS]
     tokens = jnp.concatenate([tower.penultimate for tower in towers], axis=-1)
+    if denoiser_of(modules) == SDXL.denoiser:
+        return Conditioning(tokens, towers[1].projected, time_ids=time_ids(size, tokens.shape[0]))
     pooled = jnp.concatenate([tower.projected for tower in towers], axis=-1)
-    width = modules["transformer"].config.joint_attention_dim
+    width = modules[SD3.denoiser].config.joint_attention_dim
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, width - tokens.shape[-1])))
     b, n, _ = tokens.shape
     if T5 in ids:
@@ -85,6 +93,29 @@ def encode(
         more = jnp.zeros((b, 1, width), tokens.dtype)
         key_bias = jnp.zeros(n + 1, jnp.float32).at[n].set(math.log(max_sequence_length))
     return Conditioning(jnp.concatenate([tokens, more.astype(tokens.dtype)], axis=1), pooled, key_bias)
+
+
+def time_ids(size: tuple[int, int], batch: int) -> Array:
+    """SDXL's micro-conditioning of uncropped images drawn at their own ``size``: ``[b, 6]`` fp32."""
+    height, width = size
+    return jnp.tile(jnp.asarray([height, width, 0, 0, height, width], jnp.float32), (batch, 1))
+
+
+def zeroed(cond: Conditioning) -> Conditioning:
+    """The absent prompt of SDXL: zeros for the text, the size as it is."""
+    return cond.replace(prompt_embeds=jnp.zeros_like(cond.prompt_embeds), pooled=jnp.zeros_like(cond.pooled))
+
+
+def encode_uncond(
+    modules: Mapping[str, nn.Module],
+    params: Mapping[str, Tree],
+    ids: Mapping[str, Array],
+    size: tuple[int, int],
+    zeros: bool,
+) -> Conditioning:
+    """What guidance leads away from, one row: the encoded ``ids`` ``[1, n]``, or zeros (`zeroed`)."""
+    cond = encode(modules, params, ids, size)
+    return zeroed(cond) if zeros else cond
 
 
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:

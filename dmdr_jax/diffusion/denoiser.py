@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax import lora
-from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.process import Process
 from dmdr_jax.models.conditioning import Conditioning, broadcast_to, concatenate
 
 Array = jax.Array
@@ -32,7 +32,7 @@ class Denoiser:
     """A backbone used statelessly."""
 
     module: nn.Module
-    process: Flow
+    process: Process
 
     def output(self, weights: Weights, z: Array, t: Array, cond: Conditioning) -> Array:
         """The network's raw output at ``z`` ``[b, h, w, c]`` and ``t`` (scalar or ``[b]``), fp32."""
@@ -44,7 +44,7 @@ class Denoiser:
             cond.prompt_embeds,
             cond.pooled,
             lora_scale=weights.lora_scale,
-            key_bias=cond.key_bias,
+            **cond.extras,
         )
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.diffusion.kernels import Kernel
-from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.process import Process
 
 Array = jax.Array
 OutputFn = Callable[[Array, Array], Array]
@@ -26,25 +26,30 @@ class Trajectory(NamedTuple):
 
 
 def step_noise(key: Array, i: Array | int, like: Array) -> Array:
-    """The noise of step i: from one key for the batch, or from a key per row ``[b]``, which makes rows independent."""
+    """The noise of step i: from one key for the batch, or from a key per row ``[b]``, which makes rows independent.
+
+    Keys per step and row ``[steps, b]`` are used as they are: rows with equal keys then get equal noise.
+    """
     if key.ndim == 0:
         return jax.random.normal(jax.random.fold_in(key, i), like.shape, like.dtype)
+    if key.ndim == 2:
+        return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(key[i])
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), like.shape[1:], like.dtype))(key)
 
 
 def advance(
-    output_fn: OutputFn, process: Flow, kernel: Kernel, z: Array, i: Array, grid: Array, key: Array
+    output_fn: OutputFn, process: Process, kernel: Kernel, z: Array, i: Array, grid: Array, key: Array
 ) -> tuple[Array, Array]:
     """Step i of the grid from the state ``z``: returns the next state and the x0 estimate at ``z``."""
     t = grid[i]
     out = output_fn(z, t)
     x0 = process.to_x0(z, out, t)
     noise = step_noise(key, i, z) if kernel.stochastic else None
-    return kernel.step(x0, process.to_eps(z, out, t), grid[i + 1], noise), x0
+    return kernel.step(process, x0, process.to_eps(z, out, t), grid[i + 1], noise, z, t), x0
 
 
 def rollout(
-    output_fn: OutputFn, process: Flow, kernel: Kernel, noise: Array, grid: Sequence[float] | Array, key: Array
+    output_fn: OutputFn, process: Process, kernel: Kernel, noise: Array, grid: Sequence[float] | Array, key: Array
 ) -> Trajectory:
     """Runs the whole grid from ``noise`` and keeps every state.
 
@@ -67,7 +72,7 @@ def rollout(
 
 
 def sample(
-    output_fn: OutputFn, process: Flow, kernel: Kernel, noise: Array, grid: Sequence[float] | Array, key: Array
+    output_fn: OutputFn, process: Process, kernel: Kernel, noise: Array, grid: Sequence[float] | Array, key: Array
 ) -> Array:
     """As `rollout`, keeping only the final state ``[b, h, w, c]`` at ``grid[-1]``."""
     return run_prefix(output_fn, process, kernel, noise, grid, key, len(grid) - 1)
@@ -75,7 +80,7 @@ def sample(
 
 def run_prefix(
     output_fn: OutputFn,
-    process: Flow,
+    process: Process,
     kernel: Kernel,
     noise: Array,
     grid: Sequence[float] | Array,

@@ -12,7 +12,7 @@ Array = jax.Array
 def fake_score_loss(
     denoiser: Denoiser, fake: Weights, x0: Array, tau: Array, noise: Array, cond: Conditioning
 ) -> tuple[Array, Array]:
-    """Unweighted error of the network's own output (velocity for the flow process).
+    """Unweighted error of the network's own output (velocity for SD3, noise for SDXL).
 
     Args:
       fake: base parameters with the guidance LoRA at its full runtime scale.
@@ -24,6 +24,6 @@ def fake_score_loss(
     """
     x0 = jax.lax.stop_gradient(x0)
     x_tau = denoiser.process.add_noise(x0, noise, tau)
-    error = denoiser.output(fake, x_tau, tau, cond) - denoiser.process.target(x0, noise)
+    error = denoiser.output(fake, x_tau, tau, cond) - denoiser.process.target(x0, noise, tau)
     per_sample = jnp.mean(error**2, axis=(1, 2, 3))
     return per_sample.mean(), per_sample

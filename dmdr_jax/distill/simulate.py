@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
-from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.process import Process
 from dmdr_jax.diffusion.sampler import OutputFn, rollout, run_prefix, sample
 
 Array = jax.Array
@@ -60,7 +60,7 @@ class Simulation:
         return len(self.grid) - 1
 
     def student_input(
-        self, output_fn: OutputFn, process: Flow, noise: Array, key: Array, with_sample: bool = True
+        self, output_fn: OutputFn, process: Process, noise: Array, key: Array, with_sample: bool = True
     ) -> StudentInput:
         """Simulates from ``noise`` without gradient and picks a grid index per sample (or per batch).
 

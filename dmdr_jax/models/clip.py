@@ -1,8 +1,9 @@
 """CLIP's text and image towers (Radford et al. 2021) as transformers publishes them.
 
 `ClipTextModel` conditions SD3 and SDXL, `Clip` scores images (PickScore, HPSv2.1, DFN-CLIP), `ClipVisionModel` is an
-image tower alone. Layers repeat, so each tower scans one layer over stacked parameters. Towers compute in ``dtype``;
-last norms and projections, small and read by scores, are in at least fp32.
+image tower alone. open_clip's towers are the same networks under other names (`dmdr_jax.rewards.clip_files`).
+Layers repeat, so each tower scans one layer over stacked parameters. Towers compute in ``dtype``; last norms and
+projections, small and read by scores, are in at least fp32.
 """
 
 import dataclasses
@@ -281,7 +282,7 @@ class ClipTextModel(nn.Module):
     def __call__(self, ids: Array) -> ClipTextOutput:
         """Encodes ids ``[b, n]``, n at most ``max_position_embeddings``."""
         penultimate, last, pooled = self.text_model(ids)
-        projected = self.text_projection(pooled) if self.config.with_projection else None
+        projected = _exactly(self.text_projection, pooled) if self.config.with_projection else None
         return ClipTextOutput(penultimate, last, pooled, projected)
 
 
@@ -300,7 +301,7 @@ class ClipVisionModel(nn.Module):
     def __call__(self, pixels: Array) -> ClipVisionOutput:
         """Encodes pixels ``[b, h, w, 3]``, already of the tower's size and normalised."""
         last, pooled = self.vision_model(pixels)
-        projected = self.visual_projection(pooled) if self.config.with_projection else None
+        projected = _exactly(self.visual_projection, pooled) if self.config.with_projection else None
         return ClipVisionOutput(last, pooled, projected)
 
 
@@ -325,11 +326,11 @@ class Clip(nn.Module):
 
     def encode_text(self, ids: Array) -> Array:
         """Text embeddings ``[b, p]`` of ids ``[b, n]``, not normalised."""
-        return self.text_projection(self.text_model(ids)[2])
+        return _exactly(self.text_projection, self.text_model(ids)[2])
 
     def encode_image(self, pixels: Array) -> Array:
         """Image embeddings ``[b, p]`` of pixels ``[b, h, w, 3]`` (resized and normalised), not normalised."""
-        return self.visual_projection(self.vision_model(pixels)[1])
+        return _exactly(self.visual_projection, self.vision_model(pixels)[1])
 
     def __call__(self, ids: Array, pixels: Array) -> Array:
         """``exp(logit_scale)`` times the cosine of every image with every text, ``[images, texts]``."""
@@ -354,6 +355,12 @@ def end_of_text(ids: Array, eos_token_id: int) -> Array:
 
 def _projection(features: int, dtype: jnp.dtype) -> Dense:
     return Dense(features, use_bias=False, dtype=_wide(dtype))
+
+
+def _exactly(projection: Dense, x: Array) -> Array:
+    """``projection(x)`` with products in fp32, which accelerators otherwise round to bf16 or tf32."""
+    with jax.default_matmul_precision("highest"):
+        return projection(x)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

@@ -14,17 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.attention import attention, merge_heads, split_heads
 from dmdr_jax.models.layers import Array, Conv, Dense, LayerNorm, LoraScale, RMSNorm, gelu_tanh, timestep_embedding
+from dmdr_jax.models.remat import name_attention, remat
 
 # Leaves of the parameter tree that are stored and exported but never trained.
 BUFFERS = ("pos_embed.pos_embed",)
 
-REMAT_CHOICES = ("none", "full", "dots", "names")
-_SAVED_NAMES = ("attention",)
 _TIME_FEATURES = 256
 _NORM_EPS = 1e-6
 
@@ -118,8 +116,7 @@ class MMDiT(nn.Module):
     Attributes:
       config: the shape.
       dtype: of activations and matrix products.
-      remat: what the backward pass recomputes: "none"; "full", all of each block; "dots", all but matrix products;
-        "names", all but attention outputs.
+      remat: what the backward pass recomputes of each block: see `dmdr_jax.models.remat.remat`.
     """
 
     config: MMDiTConfig
@@ -166,7 +163,7 @@ class MMDiT(nn.Module):
         shared = (temb, lora_scale, key_bias)
         for first, end, dual in block_runs(cfg.num_layers, cfg.dual_attention_layers):
             scanned = nn.scan(
-                _remat(Block, self.remat, in_scan=True),
+                remat(Block, self.remat, in_scan=True),
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -175,7 +172,7 @@ class MMDiT(nn.Module):
             name = f"transformer_blocks.{first}:{end}"
             (x, context), _ = scanned(cfg, self.dtype, dual, name=name)((x, context), *shared)
         last = cfg.num_layers - 1
-        block = _remat(Block, self.remat, in_scan=False)
+        block = remat(Block, self.remat, in_scan=False)
         name = f"transformer_blocks.{last}"
         (x, _), _ = block(cfg, self.dtype, last in cfg.dual_attention_layers, True, name=name)((x, context), *shared)
 
@@ -355,7 +352,7 @@ class Attention(nn.Module):
             q = q if self.last else jnp.concatenate([q, text_q], axis=1)
             k, v = jnp.concatenate([k, text_k], axis=1), jnp.concatenate([v, text_v], axis=1)
         y = merge_heads(attention(q, k, v, key_bias=key_bias))
-        y = checkpoint_name(y, "attention")
+        y = name_attention(y)
 
         n = x.shape[1]
         out = _dense(self.config.width, self.dtype, "to_out.0")(y[:, :n], lora_scale)
@@ -376,18 +373,3 @@ class Attention(nn.Module):
 def _dense(features: int, dtype: jnp.dtype, name: str) -> Dense:
     """A dense layer initialised as DiT's (Peebles & Xie 2023). Made inside the module that calls it."""
     return Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
-
-
-def _remat(block: type[nn.Module], choice: str, in_scan: bool) -> type[nn.Module]:
-    """The block under the checkpoint policy of that name."""
-    if choice == "none":
-        return block
-    policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "names": jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES),
-    }
-    if choice not in policies:
-        raise UserError(f"remat {choice!r} is unknown; choose one of {', '.join(REMAT_CHOICES)}.")
-    # The loop of a scan already keeps the compiler from merging the recomputation with the first computation.
-    return nn.remat(block, policy=policies[choice], prevent_cse=not in_scan)

@@ -6,7 +6,7 @@ them as constants nor differentiates them by accident. Prompts are turned into f
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +19,7 @@ Array = jax.Array
 Params = Any
 
 UNITS = ("raw", "z")
+ACTIVATIONS = ("gelu", "quick_gelu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RewardSpec:
 
     Attributes:
       name: name in metrics and tables; unique in a run.
-      path: the folder that the scorer is read from.
+      path: the folder or file that the scorer is read from, or "file.py:function" for one of your own.
       weight: factor of the term (DMDR: 0.3 for SDXL and SD3-Medium, 0.1 for SD3.5-Large).
       margin: the hinge, in `units`; a sample that scores above it has no gradient. None: no hinge,
         the term is `-weight * mean value`.
@@ -36,6 +37,14 @@ class RewardSpec:
       prompt_prefix: put before each prompt, for this reward alone (DMDR: "Realistic photo " for HPSv2.1).
       start: the generator step from which the term counts.
       ramp: number of steps in which the weight then grows linearly; 0 switches it on at once.
+      kind: what the scorer is, a name of `dmdr_jax.rewards.registry.KINDS`; "" infers it from name and path.
+      tokenizer: folder of the tokenizer where it does not lie beside the weights.
+      backbone: CLIP ViT-L/14 of an aesthetic head.
+      arch: open_clip's name of the architecture where the weights leave it open, such as "ViT-H-14".
+      activation: "gelu" or "quick_gelu" against what the files say (the authors ran DFN with "gelu").
+      resize: "squash", "crop" or "pad" in place of the kind's own.
+      positive_words, negative_words: switch on the contrast of texts, see `dmdr_jax.rewards.contrast`.
+      contrast: its strength k.
     """
 
     name: str
@@ -48,14 +57,36 @@ class RewardSpec:
     prompt_prefix: str = ""
     start: int = 0
     ramp: int = 0
+    kind: str = ""
+    tokenizer: str = ""
+    backbone: str = ""
+    arch: str = ""
+    activation: str = ""
+    resize: str = ""
+    positive_words: tuple[str, ...] = ()
+    negative_words: tuple[str, ...] = ()
+    contrast: float = 0.1
 
     def __post_init__(self) -> None:
+        # A configuration has lists; a spec is hashed.
+        object.__setattr__(self, "positive_words", tuple(self.positive_words))
+        object.__setattr__(self, "negative_words", tuple(self.negative_words))
         if self.units not in UNITS:
             raise UserError(f"Reward {self.name!r}: units must be one of {', '.join(UNITS)}, not {self.units!r}.")
         if not self.std > 0:
             raise UserError(f"Reward {self.name!r}: std must be positive, not {self.std}.")
         if self.start < 0 or self.ramp < 0:
             raise UserError(f"Reward {self.name!r}: start and ramp are numbers of steps and must not be negative.")
+        if self.activation not in ("", *ACTIVATIONS):
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"Reward {self.name!r}: activation must be one of {known}, not {self.activation!r}.")
+        if bool(self.positive_words) != bool(self.negative_words):
+            raise UserError(f"Reward {self.name!r}: a contrast needs both positive_words and negative_words.")
+
+    @property
+    def contrasted(self) -> bool:
+        """Whether the text side is a contrast of two texts."""
+        return bool(self.positive_words)
 
 
 def calibrated(spec: RewardSpec, teacher_scores: np.ndarray) -> RewardSpec:
@@ -72,24 +103,61 @@ def calibrated(spec: RewardSpec, teacher_scores: np.ndarray) -> RewardSpec:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A loaded reward.
+    """A loaded reward; `dmdr_jax.rewards.registry.open_reward` opens every kind.
 
     Attributes:
       spec: name, weight and the rest.
       params: the frozen image side, given back to `score` as its first argument.
+      differentiable: whether `score` has a gradient; gradient methods refuse one that has none.
     """
 
     spec: RewardSpec
     params: Params
+    differentiable: bool
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids `[b, n]` of the prompts, prefix included, truncated and padded."""
+        """What the text side needs of the prompts, an array `[b, ...]`, prefix included, truncated and padded."""
 
     def text_features(self, ids: Array | np.ndarray) -> Array:
-        """Features `[b, d]`, fp32, of token ids `[b, n]`; computed once per prompt."""
+        """Features `[b, ...]` of what `tokenize` gave."""
+
+    def prompt_features(self, prompts: Sequence[str], place: Callable[[np.ndarray], Array] = jnp.asarray) -> np.ndarray:
+        """`text_features(place(tokenize(prompts)))` on the host, each prompt computed once and remembered."""
 
     def score(self, params: Params, images: Array, text_features: Array) -> Array:
-        """Scores `[b]`, fp32, of images `[b, h, w, 3]` in [0, 1]; pure and differentiable in the images."""
+        """Scores `[b]`, fp32, of images `[b, h, w, 3]` in [0, 1]; pure, and differentiable in the images."""
+
+    def score_prompts(self, images: np.ndarray, prompts: Sequence[str], batch: int = 64) -> np.ndarray:
+        """Scores `[n]` of images `[n, h, w, 3]` in [0, 1] with their prompts, batch by batch; for evaluation."""
+
+    def score_files(self, images: Sequence[np.ndarray], prompts: Sequence[str], batch: int = 64) -> np.ndarray:
+        """Scores `[n]` of uint8 images of any sizes, preprocessed as the reward's own program does it."""
+
+
+def require_gradient(rewards: Iterable[Reward], method: str) -> None:
+    """Refuses rewards without gradient.
+
+    Raises:
+      UserError: names the first such reward, the method that needs its gradient, and the methods that do not.
+    """
+    for reward in rewards:
+        if not reward.differentiable:
+            raise UserError(
+                f"Reward {reward.spec.name!r} has no gradient{why_no_gradient(reward)}, and {method} needs one: "
+                "write its score in JAX, or use it with a method that only compares scores."
+            )
+
+
+def why_no_gradient(reward: Any) -> str:
+    """A reward's own reason, in brackets, or nothing."""
+    reason = getattr(reward, "reason", "")
+    return f" ({reason})" if reason else ""
+
+
+def refuse_contrast(spec: RewardSpec) -> None:
+    """UserError if a contrast of texts is asked of a score that is not linear in the text's features."""
+    if spec.contrasted:
+        raise UserError(f"Reward {spec.name!r}: only a CLIP's score can be contrasted; give no positive_words.")
 
 
 def clamp_images(images: Array) -> Array:

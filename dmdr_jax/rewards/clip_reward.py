@@ -1,13 +1,13 @@
 """Rewards that are the cosine of an image and its prompt in a CLIP's common space.
 
-Read from a folder as transformers saves a `CLIPModel` with its tokenizer and image processor: CLIPScore,
-PickScore, and HPSv2.1 or DFN-CLIP once converted to that form. The score is the plain cosine (DMDR,
-arXiv 2511.13649, section 4.1), without the logit scale.
+CLIPScore, DFN-CLIP, HPSv2 and HPSv2.1 (Wu et al. 2023), PickScore (Kirstain et al. 2023) and a CLIP of one's own:
+one network, told apart by weights, preprocessing and cleaning of the text (`dmdr_jax.rewards.kinds`). The score is
+the plain cosine, as DMDR has it (arXiv 2511.13649, section 4.1); PickScore's is multiplied by exp(logit_scale).
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmdr_jax.diffusers_io import keymap, safetensors_io
-from dmdr_jax.diffusers_io.components import read_json
+from dmdr_jax.diffusers_io import keymap
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.clip import Clip, ClipConfig, ClipTextModel, ClipVisionModel
-from dmdr_jax.rewards.base import Params, RewardSpec, clamp_images
+from dmdr_jax.rewards import contrast
+from dmdr_jax.rewards.base import Params, RewardSpec
+from dmdr_jax.rewards.clip_files import ClipFile, open_clip_file
+from dmdr_jax.rewards.feature_cache import FeatureCache
+from dmdr_jax.rewards.kinds import KINDS, Kind, find_kind
+from dmdr_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
+from dmdr_jax.rewards.scoring import TowerScorer
+from dmdr_jax.rewards.tokenizers import clean_text, clip_tokenizer, token_ids
+from dmdr_jax.rewards.weights import fill_tree
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ClipReward", "Preprocessing", "load_clip_reward"]
 
 Array = jax.Array
 
-# OpenAI's, which open_clip and transformers share.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 _VISION_SIDE = ("vision_model", "visual_projection")
 _TEXT_SIDE = ("text_model", "text_projection")
+_HEADS = ("visual_projection", "text_projection", "post_layernorm", "final_layer_norm", "logit_scale")
+"""What is stored in fp32 whatever the towers are: scores of neighbouring images differ in the third digit."""
 _NORM_FLOOR = 1e-12
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """From pixels in [0, 1] to the image tower's input.
-
-    Attributes:
-      size: side of the tower's square input, pixels.
-      mean, std: of each channel.
-    """
-
-    size: int
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Reads mean and std of a `preprocessor_config.json`; `size` is the tower's."""
-        return cls(size, tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD)))
-
-    def __call__(self, images: Array) -> Array:
-        """Clamps, squashes to `size` x `size` and normalises images `[b, h, w, 3]`, in fp32.
-
-        As DMDR has it, an image that is not square is squashed, not cropped. The resize is bicubic with
-        antialiasing and Keys' a = -0.5: Pillow's, and PyTorch's with `antialias=True`.
-        """
-        images = clamp_images(images.astype(jnp.float32))
-        shape = (images.shape[0], self.size, self.size, images.shape[3])
-        if images.shape != shape:
-            images = jax.image.resize(images, shape, "cubic", antialias=True)
-        return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
 
 def unit(x: Array) -> Array:
@@ -71,7 +47,12 @@ def unit(x: Array) -> Array:
 
 def embed_images(tower: ClipVisionModel, preprocess: Preprocessing, params: Params, images: Array) -> Array:
     """Unit image features `[b, d]`, fp32, of images `[b, h, w, 3]` in [0, 1]."""
-    return unit(tower.apply({"params": params}, preprocess(images)).projected)
+    return embed_pixels(tower, params, preprocess(images))
+
+
+def embed_pixels(tower: ClipVisionModel, params: Params, pixels: Array) -> Array:
+    """Unit image features `[b, d]`, fp32, of preprocessed pixels `[b, size, size, 3]`."""
+    return unit(tower.apply({"params": params}, pixels).projected)
 
 
 def embed_texts(tower: ClipTextModel, params: Params, ids: Array) -> Array:
@@ -91,14 +72,44 @@ def split_params(params: Params) -> tuple[Params, Params]:
     return {name: params[name] for name in _VISION_SIDE}, {name: params[name] for name in _TEXT_SIDE}
 
 
+def abstract_clip(config: ClipConfig) -> Params:
+    """`Clip`'s parameters as shapes."""
+    side = config.vision.image_size
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return keymap.abstract(Clip(config), ids, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+
+
+def read_params(file: ClipFile, dtype: Any, image_side_only: bool = False) -> Params:
+    """The parameters of a CLIP file, towers in ``dtype``, heads in at least fp32.
+
+    Raises:
+      UserError: the file and its architecture do not match.
+    """
+    abstract = abstract_clip(file.config)
+    if image_side_only:
+        abstract = split_params(abstract)[0]
+
+    def leaf_dtype(path: tuple[str, ...]) -> Any:
+        is_head = any(name in _HEADS for name in path)
+        return jnp.promote_types(dtype, jnp.float32) if is_head else dtype
+
+    def ignored(name: str) -> bool:
+        return image_side_only and name.startswith((*_TEXT_SIDE, "logit_scale"))
+
+    return fill_tree(abstract, file.tensors, file.source, leaf_dtype, ignored)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClipReward:
+class ClipReward(TowerScorer):
     """A `dmdr_jax.rewards.base.Reward` by a CLIP; made by `load_clip_reward`.
 
     Attributes:
       spec: name, weight and the rest.
       params: the image side, an argument of `score`.
       text_params: the text side, used by `text_features` alone.
+      scale: factor of the cosine.
+      clean: whether prompts are cleaned as open_clip cleans them.
+      cache: features of the texts seen so far.
     """
 
     spec: RewardSpec
@@ -108,85 +119,96 @@ class ClipReward:
     text: ClipTextModel
     preprocess: Preprocessing
     tokenizer: Any
+    scale: float = 1.0
+    clean: bool = False
+    cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Ids `[b, n]` of the prompts behind `spec.prompt_prefix`, cut and padded to the text tower's n positions."""
-        texts = [self.spec.prompt_prefix + prompt for prompt in prompts]
-        length = self.text.config.max_position_embeddings
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length).input_ids
-        return np.asarray(ids, np.int32)
+        """Ids `[b, n]` of the prompts behind `spec.prompt_prefix`, cut and padded to the text tower's n positions.
+
+        A contrast has two texts per prompt and ids `[b, 2, n]`.
+        """
+        rows = contrast.texts(self.spec, prompts)
+        ids = self._ids([text for row in rows for text in row])
+        return ids.reshape(len(rows), 2, -1) if self.spec.contrasted else ids
 
     def text_features(self, ids: Array | np.ndarray) -> Array:
-        """Unit features `[b, d]`, fp32, of ids `[b, n]`."""
-        return self._embed_texts(self.text_params, jnp.asarray(ids))
+        """Features `[b, d]`, fp32, of ids `[b, n]` (unit rows) or of a contrast's `[b, 2, n]`."""
+        features = self._embed_texts(self.text_params, jnp.asarray(ids).reshape(-1, ids.shape[-1]))
+        return self._contrasted(features)
 
-    def score(self, params: Params, images: Array, text_features: Array) -> Array:
-        """Cosines `[b]`, fp32, of images `[b, h, w, 3]` in [0, 1] (clamped) with `text_features` `[b, d]`.
+    def prompt_features(self, prompts: Sequence[str], place: Callable[[np.ndarray], Array] = jnp.asarray) -> np.ndarray:
+        """The same `[b, d]` on the host, each text computed once; `place` puts ids `[m, n]` on the devices."""
+        texts = [text for row in contrast.texts(self.spec, prompts) for text in row]
+        return self._contrasted(
+            self.cache(texts, lambda new: self._embed_texts(self.text_params, place(self._ids(new))))
+        )
 
-        Neither the parameters nor the text features receive a gradient.
-        """
+    def score_pixels(self, params: Params, pixels: Array, text_features: Array) -> Array:
+        """Scores `[b]`, fp32, of preprocessed pixels `[b, size, size, 3]`, which alone receive a gradient."""
         params, text_features = jax.lax.stop_gradient((params, text_features))
-        features = embed_images(self.vision, self.preprocess, params, images)
-        return (features * text_features.astype(jnp.float32)).sum(-1)
+        features = embed_pixels(self.vision, params, pixels)
+        return self.scale * (features * text_features.astype(jnp.float32)).sum(-1)
 
-    def score_prompts(self, images: np.ndarray, prompts: Sequence[str], batch: int = 256) -> np.ndarray:
-        """Cosines `[n]` of images `[n, h, w, 3]` with their prompts, batch by batch; for evaluation."""
-        features = self.text_features(self.tokenize(prompts))
-        pieces = [
-            self._score(self.params, jnp.asarray(images[i : i + batch]), features[i : i + batch])
-            for i in range(0, len(images), batch)
-        ]
-        return np.concatenate([np.asarray(piece) for piece in pieces]) if pieces else np.zeros(0, np.float32)
+    def _ids(self, texts: Sequence[str]) -> np.ndarray:
+        texts = [clean_text(text) for text in texts] if self.clean else texts
+        return token_ids(self.tokenizer, texts, self.text.config.max_position_embeddings)
+
+    def _contrasted(self, features: Any) -> Any:
+        if not self.spec.contrasted:
+            return features
+        return contrast.contrasted(features.reshape(-1, 2, features.shape[-1]), self.spec.contrast)
 
     @functools.cached_property
-    def _embed_texts(self) -> Any:
+    def _embed_texts(self) -> Callable:
         return jax.jit(functools.partial(embed_texts, self.text))
-
-    @functools.cached_property
-    def _score(self) -> Any:
-        return jax.jit(self.score)
 
 
 def load_clip_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = False) -> ClipReward:
-    """Reads the reward in the folder `spec.path`.
+    """Reads the reward at `spec.path`: a folder of transformers or open_clip, or a weight file of either.
 
     Args:
-      dtype: of the stored parameters and of the towers; projections, norms and cosines are fp32 in any case.
+      dtype: of the stored towers and of what they compute; norms, projections and cosines are fp32 in any case.
       remat: recompute the image tower's layers in the backward pass.
 
     Raises:
-      UserError: the folder is no CLIPModel folder, or something in it is missing or damaged.
+      UserError: there is no CLIP at that place, or something in it is missing or damaged.
     """
-    folder = Path(spec.path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"Reward {spec.name!r}: there is no folder {folder}; give a CLIPModel's with its tokenizer.")
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") != "clip":
-        raise UserError(f"Reward {spec.name!r}: {folder} holds a {raw.get('model_type')}, not a CLIPModel.")
-    config = ClipConfig.from_diffusers(raw)
-    params = safetensors_io.read_tree(folder, abstract_clip(config), dtype)
+    kind = KINDS[find_kind(spec.name, spec.kind, spec.path)]
+    path = Path(spec.path).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"Reward {spec.name!r}: there is no folder {path}, nor a file; give a CLIP's with its tokenizer."
+        )
+    try:
+        file = open_clip_file(path, arch=spec.arch, activation=spec.activation, usual=kind.activation)
+        params = read_params(file, dtype)
+    except UserError as error:
+        raise UserError(f"Reward {spec.name!r}: {error}") from error
     image_params, text_params = split_params(params)
-    vision, text = towers(config, dtype, remat)
-    preprocess = Preprocessing.from_config(_preprocessor(folder), config.vision.image_size)
-    return ClipReward(spec, image_params, text_params, vision, text, preprocess, _tokenizer(spec, folder))
+    vision, text = towers(file.config, dtype, remat)
+    return ClipReward(
+        spec,
+        image_params,
+        text_params,
+        vision,
+        text,
+        preprocessing_of(spec, kind, file),
+        clip_tokenizer(tokenizer_places(spec, path), f"Reward {spec.name!r}"),
+        scale=float(jnp.exp(params["logit_scale"])) if kind.logit_scale else 1.0,
+        clean=kind.clean or (file.open_clip and kind.network == "clip"),
+    )
 
 
-def abstract_clip(config: ClipConfig) -> Params:
-    """`Clip`'s parameters as shapes."""
-    side = config.vision.image_size
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return keymap.abstract(Clip(config), ids, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+def preprocessing_of(spec: RewardSpec, kind: Kind, file: ClipFile) -> Preprocessing:
+    """The kind's way to a square (or the spec's), with the mean and standard deviation of the file's folder."""
+    crop = "round" if file.open_clip else kind.crop
+    how = {"resize": spec.resize or kind.resize, "crop": crop}
+    return Preprocessing.from_config(file.preprocessing, file.config.vision.image_size, **how)
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    file = folder / "preprocessor_config.json"
-    return read_json(file) if file.exists() else {}
-
-
-def _tokenizer(spec: RewardSpec, folder: Path) -> Any:
-    # Without these files transformers silently makes an empty tokenizer.
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"Reward {spec.name!r}: {folder} holds no tokenizer; put CLIP's tokenizer files there.")
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder)
+def tokenizer_places(spec: RewardSpec, path: Path) -> list[Path]:
+    """Where to look for the tokenizer: where the spec says, else beside the weights."""
+    if spec.tokenizer:
+        return [Path(spec.tokenizer).expanduser()]
+    return [path if path.is_dir() else path.parent]

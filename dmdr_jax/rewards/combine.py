@@ -5,8 +5,12 @@
 with v_m the score of reward m, raw or in standard deviations of the teacher's scores. Cosine
 scores hardly reach DMDR's margin of 0.7, so the term is in effect linear; in z-units a margin of
 two or three is a hinge that acts.
+
+Methods that compare the samples of a group (GRPO, DPO, DrPO) take `group_advantages`: each reward in units of its
+own spread within the group, then weighted, so that no reward counts more because its numbers are larger.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -16,6 +20,9 @@ from dmdr_jax.rewards.base import RewardSpec
 
 Array = jax.Array
 Step = Array | int
+
+GROUP_FLOOR = 1e-4
+ADVANTAGE_CLIP = 5.0
 
 
 def reward_weight(spec: RewardSpec, step: Step) -> Array:
@@ -65,3 +72,50 @@ def refl_loss(specs: Sequence[RewardSpec], scores: Mapping[str, Array], step: St
 def combined_reward(specs: Sequence[RewardSpec], scores: Mapping[str, Array], step: Step) -> Array:
     """`sum_m w_m(step) v_m`, `[b]` fp32: one number per sample, for ranking and for advantages."""
     return sum((reward_weight(s, step) * reward_value(s, scores[s.name]) for s in specs), jnp.float32(0.0))
+
+
+def group_z_scores(scores: Array, floor: float = GROUP_FLOOR) -> Array:
+    """Scores of the samples of each prompt in standard deviations of their group.
+
+    Args:
+      scores: `[..., g]`, the g samples of a prompt along the last axis.
+      floor: added to the standard deviation (Flow-GRPO: 1e-4).
+
+    Returns:
+      `(s - mean) / (std + floor)`, fp32, of the same shape; zeros for a group of one or of equal scores.
+    """
+    scores = scores.astype(jnp.float32)
+    centred = scores - scores.mean(-1, keepdims=True)
+    # The mean of equal numbers may differ from them in the last digit, which the floor would let through.
+    centred = jnp.where(scores.max(-1, keepdims=True) > scores.min(-1, keepdims=True), centred, 0.0)
+    return centred / (jnp.sqrt((centred * centred).mean(-1, keepdims=True)) + floor)
+
+
+def group_advantages(
+    specs: Sequence[RewardSpec],
+    scores: Mapping[str, Array],
+    step: Step,
+    *,
+    floor: float = GROUP_FLOOR,
+    clip: float = ADVANTAGE_CLIP,
+) -> Array:
+    """`sum_m w_m z_m / sum_m |w_m|`, clipped to +-`clip`: z-scores per reward first, then weighted (MixGRPO's form).
+
+    Args:
+      specs: the rewards that count, with their weights.
+      scores: by reward name, `[p, g]`: g samples for each of p prompts.
+      step: generator step, for start and ramp.
+
+    Returns:
+      `[p, g]`, fp32; zeros while no reward counts.
+    """
+    weights = [reward_weight(spec, step) for spec in specs]
+    total = sum((w * group_z_scores(scores[s.name], floor) for w, s in zip(weights, specs)), jnp.float32(0.0))
+    size = sum((jnp.abs(w) for w in weights), jnp.float32(0.0))
+    return jnp.clip(jnp.where(size > 0, total / jnp.where(size > 0, size, 1.0), 0.0), -clip, clip)
+
+
+def combined_z(specs: Sequence[RewardSpec], scores: Mapping[str, Array], step: Step) -> Array:
+    """`sum_m w_m (s_m - mean_m) / std_m`, `[b]` fp32: in the teacher's units whatever the specs' own units are."""
+    in_z = [dataclasses.replace(spec, units="z") for spec in specs]
+    return combined_reward(in_z, scores, step)

@@ -5,7 +5,6 @@ transformer with its text encoders. DIR/pipeline is written every ``teacher.save
 diffusers folder in half precision, scored on prompts not trained on.
 """
 
-import functools
 import json
 import pickle
 import time
@@ -15,29 +14,31 @@ from typing import Any
 from absl import flags
 
 from dmdr_jax import cli
+from dmdr_jax.errors import UserError
 
 flags.DEFINE_string("out", None, "Folder for the run; the same command goes on where it stopped.", required=True)
 cli.define_config("configs/shapes/pretrain_sd3.py")
 
 Tree = Any
 
-CLASSES = {
-    "transformer": "SD3Transformer2DModel",
-    "text_encoder": "CLIPTextModelWithProjection",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def component_configs(config: Any, vocabulary: int, eos: int, vae_statistics: tuple[float, float]) -> dict[str, dict]:
-    """The four networks' config.json contents."""
-    vae = dict(config.vae.model)
-    levels = len(vae["block_out_channels"])
-    vae |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    vae |= {"scaling_factor": vae_statistics[0], "shift_factor": vae_statistics[1], "act_fn": "silu"}
+def family_of(config: Any) -> Any:
+    """The kind of pipeline that ``config.family`` names."""
+    from dmdr_jax.diffusers_io.components import FAMILIES
+
+    families = {family.name: family for family in FAMILIES.values()}
+    if config.family not in families:
+        raise UserError(f"config.family is {config.family!r}; choose one of: {', '.join(families)}.")
+    return families[config.family]
+
+
+def component_configs(config: Any, vocabulary: int, eos: int, vae: dict[str, Any]) -> dict[str, dict]:
+    """The four networks' config.json contents; ``vae`` is the autoencoder's own."""
     text = dict(config.text)
     clip = {
         "model_type": "clip_text_model",
-        "architectures": ["CLIPTextModelWithProjection"],
         "vocab_size": vocabulary,
         "num_attention_heads": text.pop("heads"),
         "max_position_embeddings": config.context,
@@ -49,16 +50,14 @@ def component_configs(config: Any, vocabulary: int, eos: int, vae_statistics: tu
         **text,
     }
     second = clip | {"hidden_act": "gelu", "pad_token_id": 0}
-    return {
-        "transformer": dict(config.transformer),
-        "vae": {k: list(v) if isinstance(v, tuple) else v for k, v in vae.items()},
-        "text_encoder": clip,
-        "text_encoder_2": second,
-    }
+    denoiser = {k: list(v) if isinstance(v, tuple) else v for k, v in config.denoiser.items()}
+    return {family_of(config).denoiser: denoiser, "vae": vae, "text_encoder": clip, "text_encoder_2": second}
 
 
-def autoencoder(config: Any, work: Path) -> tuple[Any, Tree, tuple[float, float]]:
-    """The trained autoencoder, its parameters and latent statistics; trained only if DIR/work has none."""
+def autoencoder(config: Any, work: Path) -> tuple[dict[str, Any], Tree]:
+    """The autoencoder's config.json contents and parameters, of the folder ``vae.source`` or trained in DIR/work."""
+    if config.vae.source:
+        return centred_autoencoder(config)
     import jax
     import numpy as np
 
@@ -66,15 +65,35 @@ def autoencoder(config: Any, work: Path) -> tuple[Any, Tree, tuple[float, float]
     from dmdr_jax.shapes.pretrain_vae import finetune_decoder, train_vae
     from dmdr_jax.shapes.world import get_world
 
-    vae = build_module("AutoencoderKL", component_configs(config, 2, 1, (1.0, 0.0))["vae"])
-    file = work / "vae.pkl"
+    shape = {k: list(v) if isinstance(v, tuple) else v for k, v in config.vae.model.items()}
+    levels = len(shape["block_out_channels"])
+    shape |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    vae, file = build_module("AutoencoderKL", shape), work / "vae.pkl"
     if not file.exists():
         settings = {k: config.vae[k] for k in ("steps", "batch", "lr", "kl_weight")}
         params, statistics = train_vae(vae, get_world(config.world), seed=config.seed, **settings)
         params = finetune_decoder(vae, params, get_world(config.world), seed=config.seed + 7, **config.vae.decoder)
         write_whole(file, (jax.tree.map(np.asarray, params), statistics))
-    params, statistics = pickle.loads(file.read_bytes())
-    return vae, params, statistics
+    params, (scaling_factor, shift_factor) = pickle.loads(file.read_bytes())
+    return shape | {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "act_fn": "silu"}, params
+
+
+def centred_autoencoder(config: Any) -> tuple[dict[str, Any], Tree]:
+    """Another folder's autoencoder with its latents centred, as SDXL's pipeline knows a scale but no shift.
+
+    The two 1 x 1 convolutions that SDXL's autoencoder has beside its latents subtract and add each channel's mean,
+    so that the codec is the same function.
+    """
+    from dmdr_jax.diffusers_io.pipeline import load_pipeline
+    from dmdr_jax.shapes.assets import resolve
+    from dmdr_jax.shapes.pretrain_vae import centre_latents
+    from dmdr_jax.shapes.world import get_world
+
+    source = load_pipeline(resolve(config.vae.source), ["vae"])
+    params, scaling_factor = centre_latents(source.modules["vae"], source.params["vae"], get_world(config.world))
+    centred = {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": scaling_factor}
+    shape = {k: v for k, v in source.configs["vae"].items() if k != "shift_factor" and not k.startswith("_")}
+    return shape | centred, params
 
 
 def write_whole(file: Path, value: Any) -> None:
@@ -84,10 +103,11 @@ def write_whole(file: Path, value: Any) -> None:
     fresh.replace(file)
 
 
-def scene_set(config: Any, vae: Any, vae_params: Tree, statistics: tuple[float, float], tokenizers: Any) -> Any:
+def scene_set(config: Any, vae: Any, vae_params: Tree, tokenizers: Any) -> Any:
     """Renders and encodes the training scenes; chunked, so that images never pile up."""
     import numpy as np
 
+    from dmdr_jax.models.autoencoder import latents_from_raw
     from dmdr_jax.shapes import prompts, render
     from dmdr_jax.shapes.pretrain_teacher import SceneSet
     from dmdr_jax.shapes.pretrain_vae import encode_images
@@ -97,7 +117,7 @@ def scene_set(config: Any, vae: Any, vae_params: Tree, statistics: tuple[float, 
     for _ in range(0, config.teacher.scenes, 4096):
         scenes, words = prompts.sample_batch(world, 4096, rng)
         raw = encode_images(vae, vae_params, render.render(world, scenes))
-        latents.append((raw - statistics[1]) * statistics[0])
+        latents.append(latents_from_raw(raw, vae.config))
         rich = rng.random(len(words)) < config.teacher.rich_captions
         captions += [prompts.rich_caption(world, s, rng) if r else w for s, w, r in zip(scenes, words, rich)]
     return SceneSet(np.concatenate(latents), token_ids(tokenizers, captions))
@@ -107,16 +127,8 @@ def token_ids(tokenizers: Any, captions: list[str]) -> dict[str, Any]:
     """``[n, context]`` int32 by text encoder."""
     import numpy as np
 
-    names = ("text_encoder", "text_encoder_2")
     padded = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-    return {n: np.asarray(t(captions, **padded)["input_ids"], np.int32) for n, t in zip(names, tokenizers)}
-
-
-def teacher_modules(configs: dict[str, dict]) -> dict[str, Any]:
-    """The networks the second stage trains."""
-    from dmdr_jax.diffusers_io.components import build_module
-
-    return {name: build_module(class_name, configs[name]) for name, class_name in CLASSES.items()}
+    return {n: np.asarray(t(captions, **padded)["input_ids"], np.int32) for n, t in zip(TEXT_ENCODERS, tokenizers)}
 
 
 def train_teacher(config: Any, out: Path) -> None:
@@ -126,34 +138,34 @@ def train_teacher(config: Any, out: Path) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from dmdr_jax.diffusers_io.components import init_params
-    from dmdr_jax.diffusers_io.pipeline import new_pipeline_folder
-    from dmdr_jax.diffusers_io.text import encode
+    from dmdr_jax.diffusers_io.components import build_module, init_params
+    from dmdr_jax.diffusers_io.pipeline import new_pipeline_folder, process_of
     from dmdr_jax.diffusion.denoiser import Denoiser
-    from dmdr_jax.diffusion.process import Flow
     from dmdr_jax.shapes import pretrain_teacher as training
     from dmdr_jax.shapes.prompts import vocabulary
     from dmdr_jax.shapes.score import strict_scores
     from dmdr_jax.shapes.tokenizer import make_tokenizers
     from dmdr_jax.shapes.world import get_world
 
-    work, settings, world = out / "work", config.teacher, get_world(config.world)
-    vae, vae_params, statistics = autoencoder(config, work)
+    work, settings, world, family = out / "work", config.teacher, get_world(config.world), family_of(config)
+    vae_config, vae_params = autoencoder(config, work)
     tokenizers = make_tokenizers(vocabulary(world), config.context)
-    configs = component_configs(config, len(tokenizers[0]), tokenizers[0].eos_token_id, statistics)
-    modules = teacher_modules(configs)
-    denoiser = Denoiser(modules["transformer"], Flow())
-    scenes = scene_set(config, vae, vae_params, statistics, tokenizers)
-    empty = token_ids(tokenizers, [""])
-    loss_fn = lambda params, latents, ids, key: training.flow_matching_loss(  # noqa: E731
-        denoiser, functools.partial(encode, modules), params, latents, ids, empty, key, settings.uncond_probability
+    configs = component_configs(config, len(tokenizers[0]), tokenizers[0].eos_token_id, vae_config)
+    modules = {name: build_module(family.classes[name][1], configs[name]) for name in configs}
+    trained = [name for name in modules if name != "vae"]
+    scheduler = dict(config.scheduler)
+    denoiser = Denoiser(modules[family.denoiser], process_of(family, scheduler))
+    scenes = scene_set(config, modules["vae"], vae_params, tokenizers)
+    zeros = bool(family.settings.get("force_zeros_for_empty_prompt"))
+    loss_fn = training.make_loss(
+        denoiser, modules, (world.size,) * 2, token_ids(tokenizers, [""]), zeros, settings.uncond_probability
     )
     optimiser = training.make_optimiser(settings.lr, settings.warmup, settings.steps)
     step_fn = training.make_step(loss_fn, optimiser, settings.ema, config.seed + 3)
 
     def initialise() -> training.TeacherState:
-        keys = jax.random.split(jax.random.key(config.seed + 4), len(modules))
-        params = {name: init_params(CLASSES[name], modules[name], key) for key, name in zip(keys, modules)}
+        keys = jax.random.split(jax.random.key(config.seed + 4), len(trained))
+        params = {n: init_params(family.classes[n][1], modules[n], key) for key, n in zip(keys, trained)}
         ema = jax.tree.map(jnp.copy, params)
         return training.TeacherState(jnp.zeros((), jnp.int32), params, optimiser.init(params), ema)
 
@@ -173,10 +185,11 @@ def train_teacher(config: Any, out: Path) -> None:
                 out / "pipeline",
                 configs,
                 {**jax.device_get(state.ema), "vae": vae_params},
-                dict(zip(("text_encoder", "text_encoder_2"), tokenizers)),
-                {"num_train_timesteps": 1000, "shift": settings.shift},
+                dict(zip(TEXT_ENCODERS, tokenizers)),
+                scheduler,
                 dtype=jnp.float16,
                 overwrite=True,
+                family=family,
             )
             record = {"step": i + 1, "loss": float(np.mean(jax.device_get(losses))), "seconds": time.time() - began}
             record |= strict_scores(folder, world)

@@ -1,19 +1,23 @@
-"""Trains the embedded world's teacher by flow matching (Lipman et al. 2023; Esser et al. 2024, eq. 12).
+"""Trains the embedded world's teachers: flow matching (Esser et al. 2024, eq. 12) or denoising (Ho et al. 2020).
 
-The transformer and its two CLIP text encoders are trained together on rendered scenes and their
+The denoiser and its two CLIP text encoders are trained together on rendered scenes and their
 captions, with the caption dropped now and then so that guidance works.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dmdr_jax.diffusers_io.components import denoiser_of
+from dmdr_jax.diffusers_io.text import encode, encode_uncond
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
-from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.diffusion.process import Flow, Process
+from dmdr_jax.models.conditioning import where
 from dmdr_jax.models.mmdit import BUFFERS
 
 Array = jax.Array
@@ -43,26 +47,54 @@ class SceneSet(NamedTuple):
             i += 1
 
 
-def flow_matching_loss(
+def make_loss(
     denoiser: Denoiser,
-    encode: Callable[[Tree, Ids], Conditioning],
-    params: Tree,
-    latents: Array,
-    ids: Ids,
+    modules: Mapping[str, nn.Module],
+    size: tuple[int, int],
     empty_ids: Ids,
-    key: Array,
+    zero_uncond: bool,
     uncond_probability: float,
-) -> Array:
-    """``mean |v(x_t, t, c) - (e - x0)|^2`` with t from the logit-normal density of SD3."""
-    b = latents.shape[0]
-    key_t, key_noise, key_drop = jax.random.split(key, 3)
-    drop = jax.random.uniform(key_drop, (b, 1)) < uncond_probability
-    ids = {name: jnp.where(drop, empty_ids[name], row) for name, row in ids.items()}
-    t = jax.nn.sigmoid(jax.random.normal(key_t, (b,)))
-    noise = jax.random.normal(key_noise, latents.shape)
-    x_t = denoiser.process.add_noise(latents, noise, t)
-    velocity = denoiser.output(Weights(params["transformer"]), x_t, t, encode(params, ids))
-    return jnp.mean((velocity - denoiser.process.target(latents, noise)) ** 2)
+) -> Callable[[Tree, Array, Ids, Array], Array]:
+    """The teacher's loss ``(params, latents, ids, key) -> scalar``: how far the output is off, as a velocity.
+
+    Args:
+      modules: denoiser and text encoders, whose parameters ``params`` holds by component.
+      size: of the images, in pixels.
+      empty_ids: the empty prompt, ``[1, n]`` by text encoder.
+      zero_uncond: the absent prompt is zeros (SDXL) in place of the encoded empty prompt.
+      uncond_probability: how often a caption is dropped.
+    """
+    name = denoiser_of(modules)
+
+    def loss_fn(params: Tree, latents: Array, ids: Ids, key: Array) -> Array:
+        b = latents.shape[0]
+        key_t, key_noise, key_drop = jax.random.split(key, 3)
+        t, weight = training_times(denoiser.process, key_t, b)
+        noise = jax.random.normal(key_noise, latents.shape)
+        drop = jax.random.uniform(key_drop, (b,)) < uncond_probability
+        cond = encode(modules, params, ids, size)
+        cond = where(drop, encode_uncond(modules, params, empty_ids, size, zero_uncond), cond)
+        x_t = denoiser.process.add_noise(latents, noise, t)
+        error = denoiser.output(Weights(params[name]), x_t, t, cond) - denoiser.process.target(latents, noise, t)
+        return jnp.mean(weight * jnp.mean(error**2, axis=(1, 2, 3)))
+
+    return loss_fn
+
+
+def training_times(process: Process, key: Array, batch: int) -> tuple[Array, Array]:
+    """Times ``[batch]`` and the weight of the squared error there.
+
+    Flow: SD3's logit-normal density, weight 1 on the velocity (Esser et al. 2024, section 3.1). Variance preserving:
+    uniform training steps and, where the network predicts noise, the weight ``1 / alpha^2`` that makes its error that
+    of the velocity ``alpha e - sigma x0`` (Salimans & Ho 2022, arXiv 2202.00512, section 4): a few-step student starts
+    from the noisiest steps, where an unweighted noise error hardly asks for x0 at all.
+    """
+    if isinstance(process, Flow):
+        return jax.nn.sigmoid(jax.random.normal(key, (batch,))), jnp.ones(batch)
+    t = process.snap(jax.random.uniform(key, (batch,)))
+    if process.prediction != "epsilon":
+        return t, jnp.ones(batch)
+    return t, 1.0 / process.coefficients(t)[0] ** 2
 
 
 def make_optimiser(lr: float, warmup: int, steps: int) -> optax.GradientTransformation:

@@ -99,6 +99,24 @@ def latent_statistics(vae: AutoencoderKL, params: Tree, world: World, rng: np.ra
     return float(1.0 / raw.std()), float(raw.mean())
 
 
+def centre_latents(vae: AutoencoderKL, params: Tree, world: World, seed: int = 0) -> tuple[Tree, float]:
+    """The same codec with zero-mean latents, by 1 x 1 convolutions, and ``1 / standard deviation`` of those.
+
+    ``quant_conv`` subtracts each channel's mean over 2048 scenes behind the encoder, ``post_quant_conv`` adds it again
+    before the decoder; the shapes are SDXL's.
+    """
+    scenes, _ = prompts.sample_batch(world, 2048, np.random.default_rng(seed))
+    raw = encode_images(vae, params, render.render(world, scenes))
+    means = raw.mean((0, 1, 2))
+
+    def convolution(bias: np.ndarray) -> Tree:
+        return {"kernel": np.eye(len(bias), dtype=np.float32)[None, None], "bias": bias.astype(np.float32)}
+
+    into, back = np.concatenate([-means, np.zeros_like(means)]), means
+    tree = {**params, "quant_conv": convolution(into), "post_quant_conv": convolution(back)}
+    return tree, float(1.0 / (raw - means).std())
+
+
 def encode_images(vae: AutoencoderKL, params: Tree, images: np.ndarray, batch: int = 256) -> np.ndarray:
     """Raw latent means ``[n, h, w, c]`` of images ``[n, H, W, 3]`` in [0, 1]."""
     encode = jax.jit(lambda p, x: vae.apply({"params": p}, x * 2.0 - 1.0, method="encode")[0])

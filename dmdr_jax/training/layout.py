@@ -11,7 +11,7 @@ from dmdr_jax.training.state import TrainState
 
 Tree = Any
 
-SPLIT = ("transformer", "text_encoder_3")
+SPLIT = ("transformer", "unet", "text_encoder_3")
 """Components large enough to be split over fsdp."""
 
 
@@ -42,7 +42,7 @@ class Layout:
         return jax.device_put(tree, sharding.replicated(self.mesh))
 
     def component_shardings(self, component: str, abstract: Tree) -> Tree:
-        """Where a frozen network's tensors go as they are read: the transformer and T5 split, the rest whole."""
+        """Where a frozen network's tensors go as they are read: the denoiser and T5 split, the rest whole."""
         if component in SPLIT:
             return sharding.parameter_shardings(self.mesh, abstract)
         return jax.tree.map(lambda _: sharding.replicated(self.mesh), abstract)

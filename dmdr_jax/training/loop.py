@@ -1,7 +1,6 @@
 """The training loop: reads top to bottom in the order things happen."""
 
 import json
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,18 +13,18 @@ import numpy as np
 from dmdr_jax import __version__
 from dmdr_jax.data.prompts import PromptStream, load_prompts
 from dmdr_jax.diffusers_io.pipeline import Pipeline
-from dmdr_jax.diffusers_io.text import encode, tokenize
-from dmdr_jax.errors import UserError
+from dmdr_jax.diffusers_io.text import encode, encode_uncond, tokenize
 from dmdr_jax.evaluation.environment import command, versions
 from dmdr_jax.objectives.base import DM_DRAW, Term, active_terms
 from dmdr_jax.rewards.clip_reward import ClipReward
-from dmdr_jax.training import setup
+from dmdr_jax.training import ode, setup
 from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.preview import Preview
+from dmdr_jax.training.reporting import report
 from dmdr_jax.training.state import TrainState
-from dmdr_jax.training.step import NOISE_BIN, Batch, Frozen, Plan, fake_step, generator_step
+from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -40,7 +39,7 @@ def train(config: Any, workdir: str | Path) -> TrainState:
     setup.check(config)
     prompts = load_prompts(config.prompts)
     layout = Layout.make(config.mesh.data, config.mesh.fsdp)
-    layout.check_batch(config.batch)
+    setup.check_batches(config, layout)
     pipeline = setup.load_teacher(config, layout)
     rewards = setup.load_rewards(config)
     terms = setup.make_terms(config, rewards)
@@ -49,15 +48,20 @@ def train(config: Any, workdir: str | Path) -> TrainState:
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
-    frozen = freeze(pipeline, rewards, layout)
-    state = first_or_latest_state(config, plan, frozen, checkpoints, meta, layout)
+    frozen = freeze(config, pipeline, plan, rewards, layout)
+    preview = Preview.make(config, pipeline, plan, prompts, workdir)
+    generator = None  # the teacher's weights
+    if config.ode.steps and checkpoints.latest() is None:
+        text = make_encoder(config, pipeline, plan, (), layout)
+        generator = ode.pretrain(config, pipeline, plan, frozen, prompts, text, layout, preview, meta, workdir)
+    make = partial(setup.make_state, config, pipeline.family, plan)
+    state = setup.latest_or_new(make, (frozen.base, generator), checkpoints, meta, layout)
     start = int(state.step)
     write_config(workdir, config, meta)
 
     stream = PromptStream(prompts, config.batch, config.seed)
-    encode_batch = make_encoder(pipeline, rewards, layout)
+    encode_batch = make_encoder(config, pipeline, plan, rewards, layout)
     updates = Updates(plan, terms)
-    preview = Preview.make(config, pipeline, plan, prompts, workdir)
     with (
         checkpoints,  # also when an error ends the run, a save under way is finished
         MetricWriter(workdir, resume_step=start) as writer,
@@ -81,7 +85,7 @@ def train(config: Any, workdir: str | Path) -> TrainState:
                 pending = report(pending, writer, progress, checkpoints)
                 checkpoints.save(step, state, meta)
             if step % config.preview.every == 0 or step == config.steps:
-                preview.student(writer, step, state, frozen)
+                preview.student(writer, step, state.ema, frozen)
         report(pending, writer, progress, checkpoints)
     return state
 
@@ -115,12 +119,14 @@ class Updates:
         return self._generator[active](state, frozen, batch)
 
 
-def freeze(pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout) -> Frozen:
+def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[ClipReward], layout: Layout) -> Frozen:
     """The frozen networks on their devices, and the unconditional prompt."""
-    encoded = jax.jit(partial(encode, pipeline.modules))(text_params(pipeline), tokenize(pipeline, [""]))
+    zeros = setup.zero_uncond(config, pipeline)
+    encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, size=plan.image_size, zeros=zeros))
+    encoded = encode_empty(text_params(pipeline), tokenize(pipeline, [""], config.t5_length))
     return Frozen(
-        base=pipeline.params["transformer"],
-        vae=pipeline.params["vae"],
+        base=pipeline.params[pipeline.denoiser],
+        vae=setup.reward_decoder(pipeline.params),
         rewards={reward.spec.name: layout.replicate(reward.params) for reward in rewards},
         uncond=layout.replicate(encoded),
     )
@@ -130,80 +136,29 @@ def text_params(pipeline: Pipeline) -> dict[str, Any]:
     return {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
 
 
-def make_encoder(pipeline: Pipeline, rewards: Sequence[ClipReward], layout: Layout) -> Callable[[Sequence[str]], Batch]:
+def make_encoder(
+    config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[ClipReward], layout: Layout
+) -> Callable[[Sequence[str]], Batch]:
     """Prompts to a `Batch` on the devices; nothing waits for the result."""
     params = text_params(pipeline)
-    encode_text = jax.jit(partial(encode, pipeline.modules))
+    fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)
+    encode_text = jax.jit(partial(encode, pipeline.modules, **fixed))
 
     def encode_batch(prompts: Sequence[str]) -> Batch:
-        ids = layout.put_batch(tokenize(pipeline, prompts))
+        ids = layout.put_batch(tokenize(pipeline, prompts, config.t5_length))
         features = {r.spec.name: r.text_features(layout.put_batch(r.tokenize(prompts))) for r in rewards}
         return Batch(encode_text(params, ids), features)
 
     return encode_batch
 
 
-def first_or_latest_state(
-    config: Any, plan: Plan, frozen: Frozen, checkpoints: Checkpoints, meta: dict, layout: Layout
-) -> TrainState:
-    """The latest checkpoint's state, or where there is none the teacher's weights."""
-    make = partial(setup.make_state, config, plan)
-    abstract = layout.abstract_state(jax.eval_shape(make, frozen.base))
-    if checkpoints.latest() is not None:
-        return checkpoints.restore(abstract, meta)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(make, out_shardings=shardings)(frozen.base)
-
-
-Pending = tuple[int, list[Metrics]]
-"""A generator step and the metrics of the updates that led to it, still on the device."""
-
-
-def report(
-    pending: Pending | None,
-    writer: MetricWriter,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    then: Pending | None = None,
-) -> Pending | None:
-    """Fetches and writes one step's metrics, a step late so that the device is never waited for; returns ``then``.
-
-    A metric of several updates is averaged, over those that have it.
-
-    Raises:
-      UserError: a number is not finite; the update that made it was not applied and nothing was saved since.
-    """
-    if pending is None:
-        return then
-    step, updates = pending
-    values: dict[str, list[float]] = {}
-    for metrics in jax.device_get(updates):
-        for name, value in metrics.items():
-            if not (name.startswith(NOISE_BIN) and math.isnan(value)):  # a noise level that no sample had
-                values.setdefault(name, []).append(float(value))
-    numbers = {name: sum(several) / len(several) for name, several in values.items()}
-    bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
-    bad.sort(key=lambda name: name.startswith("generator/"))  # a term's own number says more than the sum's
-    if bad:
-        checkpoints.wait()
-        last = checkpoints.latest()
-        raise UserError(
-            f"{bad[0]} is not finite at generator step {step} (not finite: {', '.join(bad)}); the last good checkpoint "
-            f"is {'none yet' if last is None else f'step {last} in {checkpoints.directory}'}: lower the learning rate "
-            "or that term's weight and run the command again."
-        )
-    writer.scalars(step, numbers)
-    progress.update(step, numbers)
-    return then
-
-
 def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
     """What a checkpoint says of itself: enough to refuse another model and to export without the config file."""
-    weights = jax.tree.leaves(pipeline.params["transformer"])
+    weights = jax.tree.leaves(pipeline.params[pipeline.denoiser])
     model = {
         "family": pipeline.family,
         "teacher_checksum": zlib.crc32(repr(checksums(weights)).encode()),
-        "transformer": pipeline.configs["transformer"],
+        "denoiser": pipeline.configs[pipeline.denoiser],
         "generator": config.generator.to_dict() if plan.generator_lora_scale is not None else {"kind": "full"},
     }
     recipe = {
@@ -234,7 +189,7 @@ def describe(pipeline: Pipeline, plan: Plan, state: TrainState) -> str:
 
     kind = "full" if plan.generator_lora_scale is None else "LoRA"
     return (
-        f"{pipeline.name}: transformer {millions(pipeline.params['transformer'])}, "
+        f"{pipeline.name}: {pipeline.denoiser} {millions(pipeline.params[pipeline.denoiser])}, "
         f"generator ({kind}) {millions(state.generator)}, fake score (LoRA) {millions(state.fake)}"
     )
 

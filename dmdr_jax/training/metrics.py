@@ -137,6 +137,7 @@ class Progress:
       initial: steps done before this start, when resuming.
       show: names of the metrics to print, in this order.
       every: seconds between lines where there is no terminal.
+      unit: what is counted.
     """
 
     def __init__(
@@ -147,12 +148,14 @@ class Progress:
         every: float = 15.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "step",
     ):
+        self._unit = unit
         self._total, self._show, self._every, self._clock = total, tuple(show), every, clock
         self._stream = stream or sys.stderr
         self._bar: tqdm | None = None
         if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=initial, file=self._stream, unit=unit, dynamic_ncols=True)
         self._step = self._printed_step = initial
         self._printed_at = clock()
 
@@ -189,9 +192,9 @@ class Progress:
         seconds = self._clock() - self._printed_at
         rate = (step - self._printed_step) / seconds if seconds > 0 else 0.0
         eta = tqdm.format_interval((self._total - step) / rate) if rate > 0 else "?"
-        self.note(f"step {step}/{self._total}  {_format_rate(rate)}  ETA {eta}  {shown}".rstrip())
+        self.note(f"{self._unit} {step}/{self._total}  {_format_rate(rate, self._unit)}  ETA {eta}  {shown}".rstrip())
         self._printed_step, self._printed_at = step, self._clock()
 
 
-def _format_rate(rate: float) -> str:
-    return f"{rate:.2f} step/s" if rate >= 1 or rate == 0 else f"{1 / rate:.2f} s/step"
+def _format_rate(rate: float, unit: str) -> str:
+    return f"{rate:.2f} {unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.2f} s/{unit}"

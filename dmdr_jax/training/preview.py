@@ -10,12 +10,11 @@ from PIL import Image
 
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusion.denoiser import Weights
-from dmdr_jax.diffusion.grids import flow_match_euler_sigmas
-from dmdr_jax.diffusion.kernels import parse_kernel
-from dmdr_jax.generate import Recipe, draw_images, initial_noise
+from dmdr_jax.generate import Recipe, draw_images, initial_noise, teacher_recipe
 from dmdr_jax.training.metrics import MetricWriter
-from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Frozen, Plan, generator_weights
+
+Tree = Any
 
 FOLDER = "samples"
 BORDER = 2  # pixels between images
@@ -36,11 +35,8 @@ class Preview:
     def make(cls, config: Any, pipeline: Pipeline, plan: Plan, prompts: list[str], workdir: Path) -> "Preview":
         count = config.preview.images
         spread = [prompts[i * len(prompts) // count % len(prompts)] for i in range(count)]
-        factor, patch = (pipeline.modules[n].config for n in ("vae", "transformer"))
-        tokens = plan.latent_shape[0] * plan.latent_shape[1] // patch.patch_size**2
-        height, width = (side * factor.downsampling for side in plan.latent_shape[:2])
-        sigmas = flow_match_euler_sigmas(pipeline.scheduler, config.preview.teacher_steps, tokens)
-        recipe = Recipe(tuple(map(float, sigmas)), parse_kernel("ode"), config.guidance.scale)
+        height, width = (side * pipeline.modules["vae"].config.downsampling for side in plan.latent_shape[:2])
+        recipe = teacher_recipe(pipeline, config.preview.teacher_steps, config.guidance.scale, (height, width))
         noise = initial_noise(pipeline, height, width, range(count))
         return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER)
 
@@ -49,14 +45,14 @@ class Preview:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
         if not (self.folder / "teacher.png").exists():
-            weights = Weights(self.pipeline.params["transformer"])
+            weights = Weights(self.pipeline.params[self.pipeline.denoiser])
             self._write(writer, step, "teacher", self._draw(weights, self.teacher_recipe))
 
-    def student(self, writer: MetricWriter, step: int, state: TrainState, frozen: Frozen) -> None:
-        """The averaged student's grid at ``step``."""
+    def student(self, writer: MetricWriter, step: int, average: Tree, frozen: Frozen, file: str | None = None) -> None:
+        """The averaged student's grid at ``step``, in ``file``.png or one that names the step."""
         recipe = Recipe(self.plan.simulation.grid, self.plan.simulation.kernel, 1.0)
-        images = self._draw(generator_weights(self.plan, state.ema, frozen.base), recipe)
-        self._write(writer, step, "student", images, f"student_{step:06d}")
+        images = self._draw(generator_weights(self.plan, average, frozen.base), recipe)
+        self._write(writer, step, "student", images, file or f"student_{step:06d}")
 
     def _draw(self, weights: Weights, recipe: Recipe) -> np.ndarray:
         return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, batch=16)
@@ -64,6 +60,7 @@ class Preview:
     def _write(self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None) -> None:
         if jax.process_index() == 0:
             grid = image_grid(images)
+            self.folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(grid).save(self.folder / f"{file or name}.png")
             writer.images(step, {f"samples/{name}": grid})
 

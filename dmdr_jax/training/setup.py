@@ -1,6 +1,8 @@
 """From a configuration to everything a run needs: networks, plan, terms, first state."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from dmdr_jax import lora
-from dmdr_jax.diffusers_io.pipeline import Pipeline, load_pipeline
+from dmdr_jax.diffusers_io.pipeline import Pipeline, load_network, load_pipeline
 from dmdr_jax.diffusion.denoiser import Denoiser
 from dmdr_jax.diffusion.grids import authors_grid, student_grid
-from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.process import Flow, Process
+from dmdr_jax.distill.regression import LOSSES
 from dmdr_jax.distill.schedules import RenoiseTimes
 from dmdr_jax.distill.simulate import Simulation
 from dmdr_jax.errors import UserError
@@ -21,6 +24,7 @@ from dmdr_jax.objectives.refl import ReFL
 from dmdr_jax.rewards.base import RewardSpec
 from dmdr_jax.rewards.clip_reward import ClipReward, load_clip_reward
 from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
 from dmdr_jax.training.step import FAKE_DATA, Plan
@@ -28,7 +32,12 @@ from dmdr_jax.training.step import FAKE_DATA, Plan
 Tree = Any
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
 GRIDS = {"uniform": student_grid, "authors": authors_grid}
-LORA_TARGETS = {"attention": lora.SD3_TARGETS, "wide": lora.SD3_WIDE_TARGETS}
+LORA_TARGETS = {
+    "sd3": {"attention": lora.SD3_TARGETS, "wide": lora.SD3_WIDE_TARGETS},
+    "sdxl": {"attention": lora.SDXL_ATTENTION_TARGETS, "wide": lora.SDXL_TARGETS},
+}
+REWARD_DECODER = "reward_decoder"
+UNCOND = ("pipeline", "zeros", "empty")
 
 
 def choice(what: str, value: str, known: Any) -> Any:
@@ -52,11 +61,13 @@ COUNTS = (
     "checkpoint.keep",
 )
 """Keys that must be at least 1."""
+ODE_COUNTS = ("ode.pairs", "ode.batch", "ode.teacher_steps")
+"""And these, where ``ode.steps`` is."""
 
 
 def check(config: Any) -> None:
     """Refuses numbers that mean nothing, before anything is loaded."""
-    for key in COUNTS:
+    for key in (*COUNTS, *(ODE_COUNTS if config.ode.steps else ())):
         node = config
         for name in key.split("."):
             node = node[name]
@@ -64,6 +75,30 @@ def check(config: Any) -> None:
             raise UserError(f"config.{key} must be at least 1, not {node}.")
     if config.seed < 0:
         raise UserError(f"config.seed must not be negative, and is {config.seed}.")
+    _check_ode(config.ode)
+
+
+def _check_ode(ode: Any) -> None:
+    for key in ("steps", "guidance", "lr", "warmup"):
+        if ode[key] < 0:
+            raise UserError(f"config.ode.{key} must not be negative, and is {ode[key]}.")
+    if ode.steps and ode.pairs < ode.batch:
+        raise UserError(
+            f"config.ode.pairs is {ode.pairs}, fewer than one batch: take at least config.ode.batch, {ode.batch}."
+        )
+    if not 0.0 <= ode.ema < 1.0:
+        raise UserError(f"config.ode.ema must be at least 0 and below 1, not {ode.ema}.")
+    choice("config.ode.loss", ode.loss, LOSSES)
+
+
+def check_batches(config: Any, layout: Layout) -> None:
+    """UserError where a batch does not divide over the devices."""
+    batches = {"config.batch": config.batch} | ({"config.ode.batch": config.ode.batch} if config.ode.steps else {})
+    for key, batch in batches.items():
+        try:
+            layout.check_batch(batch)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def load_teacher(config: Any, layout: Layout) -> Pipeline:
@@ -71,7 +106,7 @@ def load_teacher(config: Any, layout: Layout) -> Pipeline:
     base = choice("config.base_dtype", config.base_dtype, DTYPES)
     compute = choice("config.compute_dtype", config.compute_dtype, DTYPES)
     if not config.model:
-        raise UserError("config.model is empty: give a diffusers folder, a hub id, or shapes:sd3.")
+        raise UserError("config.model is empty: give a diffusers folder, a hub id, shapes:sd3 or shapes:sdxl.")
     pipeline = load_pipeline(
         resolve(config.model),
         dtype=base,
@@ -80,8 +115,32 @@ def load_teacher(config: Any, layout: Layout) -> Pipeline:
         variant=config.variant or None,
     )
     if config.remat != "none":
-        pipeline.modules["transformer"] = pipeline.modules["transformer"].clone(remat=config.remat)
+        pipeline.modules[pipeline.denoiser] = pipeline.modules[pipeline.denoiser].clone(remat=config.remat)
+    if config.reward_decoder:
+        add_reward_decoder(config.reward_decoder, pipeline, base)
     return pipeline
+
+
+def add_reward_decoder(name: str, pipeline: Pipeline, dtype: Any) -> None:
+    """Puts a small decoder (diffusers' ``AutoencoderTiny``) beside the pipeline's networks, for the rewards' images.
+
+    Raises:
+      UserError: it is none, or not one of this model's latents.
+    """
+    module, params = load_network(name, dtype)
+    own = pipeline.modules["vae"].config
+    fits = [getattr(c, n) for n in ("downsampling", "latent_channels") for c in (module.config, own)]
+    if fits[0] != fits[1] or fits[2] != fits[3]:
+        raise UserError(
+            f"config.reward_decoder={name} decodes {fits[2]} channels at 1/{fits[0]} of the image; the latents of"
+            f" {pipeline.name} have {fits[3]} at 1/{fits[1]}."
+        )
+    pipeline.modules[REWARD_DECODER], pipeline.params[REWARD_DECODER] = module, params
+
+
+def reward_decoder(components: Mapping[str, Any]) -> Any:
+    """Of a pipeline's modules or parameters, those that decode latents for the rewards."""
+    return components.get(REWARD_DECODER, components["vae"])
 
 
 def load_rewards(config: Any) -> tuple[ClipReward, ...]:
@@ -109,22 +168,21 @@ def make_terms(config: Any, rewards: tuple[ClipReward, ...]) -> tuple[Term, ...]
 def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) -> Plan:
     """The static part of the updates."""
     student, dynamics = config.student, config.dynamics
-    grid = choice("config.student.grid", student.grid, GRIDS)(student.steps, student.shift)
-    simulation = Simulation(student.simulation, tuple(map(float, grid)), student.shared_index)
+    simulation = Simulation(student.simulation, make_grid(student, pipeline.process), student.shared_index)
     simulation.kernel  # noqa: B018  an unknown kernel is an error before anything is compiled
     choice("config.dynamics.rs", dynamics.rs, ("dynamic", "uniform", "hold"))
     renoise = RenoiseTimes(
         dynamics.steps if dynamics.rs == "dynamic" else 0, dynamics.tau_low, dynamics.tau_high, dynamics.rs == "hold"
     )
-    fake_alpha = lora_config(config.fake.lora).scale
+    fake_alpha = config.fake.lora.alpha / config.fake.lora.rank
     is_lora = choice("config.generator.kind", config.generator.kind, ("lora", "full")) == "lora"
     return Plan(
-        denoiser=Denoiser(pipeline.modules["transformer"], Flow()),
-        vae=pipeline.modules["vae"],
+        denoiser=Denoiser(pipeline.modules[pipeline.denoiser], pipeline.process),
+        vae=reward_decoder(pipeline.modules),
         rewards=rewards,
         simulation=simulation,
         renoise=renoise,
-        generator_lora_scale=lora_config(config.generator.lora).scale if is_lora else None,
+        generator_lora_scale=config.generator.lora.alpha / config.generator.lora.rank if is_lora else None,
         fake_scale=config.fake.scale * fake_alpha,
         dg_initial=dynamics.dg * fake_alpha,
         dynamic_steps=dynamics.steps,
@@ -139,15 +197,44 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) 
     )
 
 
+def make_grid(student: Any, process: Process) -> tuple[float, ...]:
+    """The student's times: from its list of timesteps where there is one, else equidistant and shifted.
+
+    Raises:
+      UserError: the timesteps are not what the network knows, or not descending.
+    """
+    if not student.timesteps:
+        times = choice("config.student.grid", student.grid, GRIDS)(student.steps, student.shift)
+        if isinstance(process, Flow):
+            return tuple(map(float, times))
+        if student.grid == "authors":
+            raise UserError("config.student.grid 'authors' is SD3's; give config.student.timesteps for this model.")
+        return (*map(float, process.snap(times[:-1])), 0.0)
+    times = [process.time_of(k) for k in student.timesteps]
+    descending = all(a > b for a, b in itertools.pairwise(times))
+    if len(times) != student.steps or not descending or not 0.0 < times[-1] <= times[0] <= 1.0:
+        raise UserError(
+            f"config.student.timesteps must be {student.steps} (config.student.steps) descending timesteps of the"
+            f" network, from {process.model_time(1.0):g} down, not {tuple(student.timesteps)}."
+        )
+    return (*times, 0.0)
+
+
+def zero_uncond(config: Any, pipeline: Pipeline) -> bool:
+    """Whether guidance leads away from zeros, in place of the encoded empty prompt."""
+    uncond = choice("config.guidance.uncond", config.guidance.uncond, UNCOND)
+    return pipeline.zero_uncond if uncond == "pipeline" else uncond == "zeros"
+
+
 def latent_shape(config: Any, pipeline: Pipeline) -> tuple[int, int, int]:
     """``(h, w, c)`` of the run's latents; UserError where the image size does not fit the networks."""
-    transformer, factor = pipeline.modules["transformer"].config, pipeline.modules["vae"].config.downsampling
-    height = config.height or transformer.sample_size * factor
-    width = config.width or transformer.sample_size * factor
-    unit = factor * transformer.patch_size
+    denoiser, factor = pipeline.modules[pipeline.denoiser].config, pipeline.modules["vae"].config.downsampling
+    height = config.height or denoiser.sample_size * factor
+    width = config.width or denoiser.sample_size * factor
+    unit = factor * denoiser.patch_size
     if height % unit or width % unit:
         raise UserError(f"config.height and config.width must be multiples of {unit}, not {height} and {width}.")
-    return height // factor, width // factor, transformer.in_channels
+    return height // factor, width // factor, denoiser.in_channels
 
 
 def make_optimiser(common: Any, own: Any) -> optax.GradientTransformation:
@@ -157,16 +244,36 @@ def make_optimiser(common: Any, own: Any) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(common.clip), adamw)
 
 
-def lora_config(settings: Any) -> lora.LoraConfig:
-    return lora.LoraConfig(settings.rank, settings.alpha, choice("lora.targets", settings.targets, LORA_TARGETS))
+def lora_config(settings: Any, family: str) -> lora.LoraConfig:
+    """Rank, alpha and targets of a LoRA on a family's denoiser."""
+    return lora.LoraConfig(
+        settings.rank, settings.alpha, choice("lora.targets", settings.targets, LORA_TARGETS[family])
+    )
 
 
-def make_state(config: Any, plan: Plan, base: Tree) -> TrainState:
-    """The state before the first update: the student is the teacher, both deltas are zero."""
-    key_generator, key_fake = jax.random.split(jax.random.key(config.seed))
+def make_generator(config: Any, family: str, plan: Plan, base: Tree) -> Tree:
+    """The student that is the teacher: its own weights, or a LoRA that is zero."""
     if plan.generator_lora_scale is None:
-        generator = without_buffers(base)
-    else:
-        generator = lora.init(key_generator, base, lora_config(config.generator.lora))
-    fake = lora.init(key_fake, base, lora_config(config.fake.lora))
+        return without_buffers(base)
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    return lora.init(key, base, lora_config(config.generator.lora, family))
+
+
+def make_state(config: Any, family: str, plan: Plan, base: Tree, generator: Tree | None = None) -> TrainState:
+    """The state before the first update: both deltas are zero, and the student is the teacher or ``generator``."""
+    if generator is None:
+        generator = make_generator(config, family, plan, base)
+    _, key_fake = jax.random.split(jax.random.key(config.seed))
+    fake = lora.init(key_fake, base, lora_config(config.fake.lora, family))
     return new_state(config.seed, generator, fake, plan.generator_tx, plan.fake_tx)
+
+
+def latest_or_new(
+    make: Callable[..., Tree], args: tuple[Tree, ...], checkpoints: Checkpoints, meta: dict[str, Any], layout: Layout
+) -> Tree:
+    """The latest checkpoint's state, or where there is none ``make(*args)``; placed on the mesh either way."""
+    abstract = layout.abstract_state(jax.eval_shape(make, *args))
+    if checkpoints.latest() is not None:
+        return checkpoints.restore(abstract, meta)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make, out_shardings=shardings)(*args)

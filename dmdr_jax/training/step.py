@@ -67,6 +67,12 @@ class Plan:
     ema_decay: float
     normaliser_floor: float = 1e-3
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        factor = self.vae.config.downsampling
+        return self.latent_shape[0] * factor, self.latent_shape[1] * factor
+
 
 @flax.struct.dataclass
 class Frozen:
@@ -115,6 +121,7 @@ def fake_step(plan: Plan, state: TrainState, frozen: Frozen, batch: Batch) -> tu
         samples = plan.denoiser.x0(weights, given.z, given.t, batch.cond)
     samples = jax.lax.stop_gradient(samples)
     tau = plan.renoise.sample(purpose_key(state, state.inner, "fake/tau"), batch.cond.batch, state.step)
+    tau = plan.denoiser.process.snap(tau)
     noise = jax.random.normal(purpose_key(state, state.inner, "fake/renoise"), samples.shape, jnp.float32)
 
     def loss_fn(fake: Tree) -> tuple[Array, Array]:
@@ -122,7 +129,7 @@ def fake_step(plan: Plan, state: TrainState, frozen: Frozen, batch: Batch) -> tu
         return fake_score_loss(plan.denoiser, weights, samples, tau, noise, batch.cond)
 
     (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.fake)
-    fake, fake_opt, norm = _apply(plan.fake_tx, grads, state.fake_opt, state.fake)
+    fake, fake_opt, norm = apply_gradients(plan.fake_tx, grads, state.fake_opt, state.fake)
     metrics = {"fake/loss": loss, "fake/gradient_norm": norm, **_by_noise_level(per_sample, tau)}
     return state._replace(inner=state.inner + 1, fake=fake, fake_opt=fake_opt), metrics
 
@@ -142,7 +149,7 @@ def generator_step(
         return total_loss(terms, Context(state.step, x0, given.index, given.t, draw, images, rewards))
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.generator)
-    generator, generator_opt, norm = _apply(plan.generator_tx, grads, state.generator_opt, state.generator)
+    generator, generator_opt, norm = apply_gradients(plan.generator_tx, grads, state.generator_opt, state.generator)
     ema = ema_update(state.ema, generator, plan.ema_decay)
     metrics |= {"generator/loss": loss, "generator/gradient_norm": norm}
     state = state._replace(step=state.step + 1, generator=generator, generator_opt=generator_opt, ema=ema)
@@ -153,6 +160,7 @@ def _draw(plan: Plan, state: TrainState, frozen: Frozen, x0: Array, cond: Condit
     """Renoises the student's x0 and evaluates the score difference there; nothing carries gradient."""
     x0 = jax.lax.stop_gradient(x0)
     tau = plan.renoise.sample(purpose_key(state, state.inner, "dm/tau"), cond.batch, state.step)
+    tau = plan.denoiser.process.snap(tau)
     noise = jax.random.normal(purpose_key(state, state.inner, "dm/renoise"), x0.shape, jnp.float32)
     scores = score_pass(
         plan.denoiser,
@@ -179,7 +187,9 @@ def _reward(plan: Plan, frozen: Frozen, x0: Array, batch: Batch) -> tuple[Array,
     }
 
 
-def _apply(tx: optax.GradientTransformation, grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree, Array]:
+def apply_gradients(
+    tx: optax.GradientTransformation, grads: Tree, opt_state: Tree, params: Tree
+) -> tuple[Tree, Tree, Array]:
     """One optimiser update; a non-finite gradient changes nothing (the loop stops the run when it reads the norm)."""
     norm = optax.global_norm(grads)
     updates, new_opt_state = tx.update(grads, opt_state, params)

@@ -168,9 +168,15 @@ def test_keys_and_layout_are_pefts(tmp_path, network):
     [
         (pair("transformer_blocks.0.attn.to_qq", 2), "closest modules: transformer_blocks.0.attn.to_q"),
         (pair("transformer_blocks.0.attn.to_q", 2, out=8), "do not fit its weight"),
-        (dict(list(pair("proj_out", 2).items())[:1]), "only lora_A"),
-        (pair("proj_out", 2) | {"text_encoder.x.lora_A.weight": np.zeros(2, np.float32)}, "not of the transformer"),
-        ({"transformer.proj_out.hada_w1": np.zeros((2, 2), np.float32)}, "names no LoRA factor"),
+        (dict(list(pair("proj_out", 2).items())[:1]), "proj_out has only 'transformer.proj_out.lora_A.weight'"),
+        (pair("proj_out", 2) | {"text_encoder.x.lora_A.weight": np.zeros(2, np.float32)}, "trains a text encoder"),
+        ({"transformer.proj_out.hada_w1": np.zeros((2, 2), np.float32)}, "is LoHa, not LoRA"),
+        ({"transformer.proj_out.scale": np.zeros((2, 2), np.float32)}, "names no LoRA factor"),
+        ({"unet.proj_out.lora_A.weight": np.zeros((2, 2), np.float32)}, "is of the unet of another model"),
+        (pair("proj_out", 2) | {"proj_out.lora_A.weight": np.zeros((2, 16), np.float32)}, "are the same factor"),
+        ({"transformer.proj_out.lora_B.bias": np.zeros(16, np.float32)}, "is a trained bias"),
+        ({"transformer.proj_out.lora_A.weight": np.zeros((2, 16), np.int8)}, "is stored as I8"),
+        ({}, "holds no tensors"),
     ],
 )
 def test_errors(tmp_path, network, tensors, words):

@@ -203,7 +203,7 @@ def drop_component(folder):
 
 
 def other_pipeline(folder):
-    edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    edit(folder / "model_index.json", _class_name="FluxPipeline")
 
 
 def unet_in_place(folder):
@@ -239,7 +239,7 @@ def no_index(folder):
     "damage, words",
     [
         (drop_component, "has no vae/ folder"),
-        (other_pipeline, "StableDiffusionXLPipeline; supported are StableDiffusion3Pipeline"),
+        (other_pipeline, "FluxPipeline; supported are StableDiffusion3Pipeline"),
         (unet_in_place, "holds a UNet2DConditionModel, but a StableDiffusion3Pipeline has a SD3Transformer2DModel"),
         (other_width, r"tensor 'context_embedder.weight' has shape \[16, 48\].*\[16, 64\]"),
         (bad_json, "config.json cannot be read as JSON"),

@@ -22,7 +22,7 @@ CLIP_TOKENS = tiny_pipelines.CONTEXT
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("text")
-    return {kind: tiny_pipelines.save(root / kind, kind) for kind in ("sd3", "sd3_no_t5")}
+    return {kind: tiny_pipelines.save(root / kind, kind) for kind in ("sd3", "sd3_no_t5", "sdxl")}
 
 
 def encode_both(folder, length):
@@ -35,7 +35,7 @@ def encode_both(folder, length):
     encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     pipeline = load_pipeline(folder, encoders if pipe.text_encoder_3 else encoders[:2])
     ids = text.tokenize(pipeline, tiny_pipelines.PROMPTS, length)
-    encode = jax.jit(functools.partial(text.encode, pipeline.modules, max_sequence_length=length))
+    encode = jax.jit(functools.partial(text.encode, pipeline.modules, size=(16, 24), max_sequence_length=length))
     return embeds.numpy(), pooled.numpy(), encode(pipeline.params, ids)
 
 
@@ -74,6 +74,27 @@ def test_the_one_token_gives_the_transformers_output(folders):
     variables = {"params": pipeline.params["transformer"]}
     out = apply(variables, latents, times, ours.prompt_embeds, ours.pooled, key_bias=ours.key_bias)
     np.testing.assert_allclose(out, theirs.numpy(), atol=2e-5 * np.abs(theirs.numpy()).max())
+
+
+def test_sdxl_encoding_is_diffusers(folders):
+    pipe = tiny_pipelines.load(folders["sdxl"])
+    with torch.no_grad():
+        embeds, negative, pooled, negative_pooled = pipe.encode_prompt(tiny_pipelines.PROMPTS)
+    times = pipe._get_add_time_ids((16, 24), (0, 0), (16, 24), torch.float32, pooled.shape[-1])
+    pipeline = load_pipeline(folders["sdxl"], ["text_encoder", "text_encoder_2"])
+    ids, sized = text.tokenize(pipeline, tiny_pipelines.PROMPTS), (pipeline.modules, pipeline.params)
+    ours = text.encode(*sized, ids, (16, 24))
+    np.testing.assert_allclose(ours.prompt_embeds, embeds, rtol=0, atol=1e-5 * np.abs(embeds).max())
+    np.testing.assert_allclose(ours.pooled, pooled, rtol=0, atol=1e-5 * np.abs(pooled).max())
+    np.testing.assert_array_equal(ours.time_ids, np.repeat(times.numpy(), 3, 0))
+    empty = text.tokenize(pipeline, [""])
+    zeros = text.encode_uncond(*sized, empty, (16, 24), zeros=True)
+    assert not negative.any() and not negative_pooled.any()
+    assert zeros.prompt_embeds.shape == (1, *negative.shape[1:]) and not zeros.prompt_embeds.any()
+    assert zeros.pooled.shape == (1, *negative_pooled.shape[1:]) and not zeros.pooled.any()
+    np.testing.assert_array_equal(zeros.time_ids, ours.time_ids[:1])
+    encoded = text.encode_uncond(*sized, empty, (16, 24), zeros=False)
+    np.testing.assert_allclose(encoded.prompt_embeds[0], ours.prompt_embeds[2], atol=1e-6)
 
 
 def test_ids_are_diffusers(folders):

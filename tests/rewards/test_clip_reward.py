@@ -76,7 +76,9 @@ def test_legacy_end_token(tmp_path):
 def test_bf16_towers_still_score_in_fp32(clip):
     _, reward = clip
     low = load_clip_reward(reward.spec, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype(jnp.bfloat16)}
+    tower, head = low.params["vision_model"], low.params["visual_projection"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(tower["encoder.layers.0:2"])} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves([tower["post_layernorm"], head])} == {jnp.dtype(jnp.float32)}
     images = random_images(3, 16, 16, 3)
     scores = low.score_prompts(images, PROMPTS)
     assert scores.dtype == np.float32

@@ -26,9 +26,9 @@ def run(request, teacher, prompts_file, reward_folder):
     layout = Layout.make(-1, 1)
     pipeline, rewards = setup.load_teacher(config, layout), setup.load_rewards(config)
     plan = setup.make_plan(config, pipeline, rewards)
-    frozen = freeze(pipeline, rewards, layout)
-    batch = make_encoder(pipeline, rewards, layout)(tiny.PROMPTS[:3])
-    terms, state = setup.make_terms(config, rewards), setup.make_state(config, plan, frozen.base)
+    frozen = freeze(config, pipeline, plan, rewards, layout)
+    batch = make_encoder(config, pipeline, plan, rewards, layout)(tiny.PROMPTS[:3])
+    terms, state = setup.make_terms(config, rewards), setup.make_state(config, pipeline.family, plan, frozen.base)
     return Run(plan, terms, state, frozen, batch)
 
 
