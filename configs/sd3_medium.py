@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.batch = 96
     c.optim.generator.lr = 3e-5
     c.optim.fake.lr = 3e-5
-    # CLIPModel folders in transformers format; a weight of 0 leaves a reward out.
-    c.rewards.clip = base.reward("", weight=0.0, start=2000)  # DFN5B-CLIP H/14 in the paper, weight 0.3
-    c.rewards.hps = base.reward("", weight=0.0, start=2000, prompt_prefix="")  # HPSv2.1, weight 0.3
+    # Folders or files of the published weights; a weight of 0 leaves a reward out.
+    c.rewards.clip = base.reward("", weight=0.0, kind="dfn", start=2000)  # DFN5B-CLIP H/14 in the paper, weight 0.3
+    c.rewards.hps = base.reward("", weight=0.0, kind="hps", start=2000)  # HPSv2.1, weight 0.3
     return c

@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
     c.student.shift = 1.0
     c.generator.lora.targets = c.fake.lora.targets = "wide"
     c.optim.generator.lr = c.optim.fake.lr = 5e-5
-    c.rewards.clip = base.reward("", weight=0.0, start=2000)  # DFN5B-CLIP H/14 in the paper, weight 0.3
-    c.rewards.hps = base.reward("", weight=0.0, start=2000)  # HPSv2.1, weight 0.3
+    c.rewards.clip = base.reward("", weight=0.0, kind="dfn", start=2000)  # DFN5B-CLIP H/14 in the paper, weight 0.3
+    c.rewards.hps = base.reward("", weight=0.0, kind="hps", start=2000)  # HPSv2.1, weight 0.3
     return c

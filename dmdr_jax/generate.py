@@ -19,6 +19,7 @@ from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import Flow, Process
 from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.models.autoencoder import AutoencoderKL, raw_from_latents
+from dmdr_jax.rewards.feature_cache import on_host
 
 Array = jax.Array
 Tree = Any
@@ -125,7 +126,9 @@ def draw_images(
     batch: int = 32,
     negative_prompt: str | None = None,
     seed: int = 0,
+    places: Sequence[int] | None = None,
     params: Mapping[str, Tree] | None = None,
+    sharding: jax.sharding.Sharding | None = None,
     progress: Callable[[int], Any] = lambda drawn: None,
 ) -> np.ndarray:
     """Images ``[n, H, W, 3]`` float32 in [0, 1], in the prompts' order.
@@ -137,7 +140,9 @@ def draw_images(
       negative_prompt: what guidance leads away from; None for the pipeline's own, the empty prompt or zeros.
       batch: images per compiled call; the last one is padded, so that one program serves all.
       seed: randomness of stochastic kernels; an image depends on it and on its own place, not on its batch.
+      places: of the images, where these prompts are some of a longer list; 0, 1, 2, ... by default.
       params: text encoders and VAE; the pipeline's own by default.
+      sharding: how a batch is split over devices that hold ``weights`` and ``params``; None: one device.
       progress: called with the number of images drawn, batch by batch.
     """
     params = dict(params or pipeline.params)
@@ -145,12 +150,14 @@ def draw_images(
     zeros = negative_prompt is None and pipeline.zero_uncond
     networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros)
     empty = tokenize(pipeline, [negative_prompt or ""])
-    batch = min(batch, len(prompts))
+    batch = batch if sharding else min(batch, len(prompts))
+    places = range(len(prompts)) if places is None else places
     images = []
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
-        ids = tokenize(pipeline, [prompts[i] for i in rows])
-        drawn = _draw(networks, recipe, params, weights, ids, empty, jnp.asarray(noise[rows]), row_keys(seed, rows))
-        images.append(np.asarray(drawn)[: len(prompts) - start])
+        ids, keys = tokenize(pipeline, [prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
+        ids, first = jax.device_put((ids, noise[rows]), sharding)  # over several hosts jax takes no keys here
+        drawn = _draw(networks, recipe, params, weights, ids, empty, first, keys)
+        images.append(on_host(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)

@@ -27,6 +27,7 @@ def get_config(stage: str, *, cold_steps: int, reward_weight: float) -> ConfigDi
     c.optim.generator.weight_decay, c.optim.fake.weight_decay = 0.01, 0.0
     c.t5_length = 128
     if stage == "joint":
-        c.rewards.clip = base.reward("", weight=reward_weight, start=cold_steps)
-        c.rewards.hps = base.reward("", weight=reward_weight, start=cold_steps, prompt_prefix="Realistic photo ")
+        c.rewards.clip = base.reward("", weight=reward_weight, kind="dfn", start=cold_steps)
+        c.rewards.hps = base.reward("", weight=reward_weight, kind="hps", start=cold_steps)
+        c.rewards.hps.prompt_prefix = "Realistic photo "
     return c

@@ -195,7 +195,8 @@ def _fitted(a: np.ndarray, b: np.ndarray, entry: keymap.Entry, file: Path) -> Pa
     if not same or r < 1:
         module = entry.key.removesuffix(".weight")
         raise UserError(
-            f"{file}: the factors of {module}, {list(a.shape)} and {list(b.shape)}, do not fit its weight {list(shape)}."
+            f"{file}: the factors of {module}, {list(a.shape)} and {list(b.shape)}, "
+            f"do not fit its weight {list(shape)}."
         )
     return a.reshape(wanted[0]), b.reshape(wanted[1])
 

@@ -129,18 +129,16 @@ def load_pipeline(
     """
     wanted = None if components is None else list(components)
     folder = hub.locate(str(name), wanted, variant)
-    model_index = _read_index(folder)
-    family = hub.family_of(model_index, folder)
-    present = _present(folder, model_index, family)
+    model_index, scheduler, configs = read_configs(folder)
+    family, present = hub.family_of(model_index, folder), list(configs)
     loaded = present if wanted is None else _chosen(wanted, present, family, folder)
     if variant and not any(safetensors_io.has_variant(folder / c, variant) for c in loaded):
         raise UserError(f"{folder} has no weights of the variant {variant!r}; leave the variant out.")
 
-    configs, modules, params, tokenizers = {}, {}, {}, {}
+    modules, params, tokenizers = {}, {}, {}
     for component in present:
-        configs[component] = _read_config(folder, component, family)
-        stored = _dtype_of(component, dtype)
-        compute = _dtype_of(component, compute_dtype) if compute_dtype is not None else stored or jnp.float32
+        stored = dtype_of(component, dtype)
+        compute = dtype_of(component, compute_dtype) if compute_dtype is not None else stored or jnp.float32
         modules[component] = build_module(family.classes[component][1], configs[component], compute)
     for component in loaded:
         if component in family.tokenizers:
@@ -150,7 +148,7 @@ def load_pipeline(
         params[component] = safetensors_io.read_tree(
             folder / component,
             abstract,
-            _dtype_of(component, dtype),
+            dtype_of(component, dtype),
             sharding(component, abstract) if sharding else None,
             variant,
             buffers(family.classes[component][1], modules[component]),
@@ -162,7 +160,7 @@ def load_pipeline(
         family=family.name,
         model_index=model_index,
         configs=configs,
-        scheduler=read_json(folder / _SCHEDULER),
+        scheduler=scheduler,
         modules=modules,
         params=params,
         tokenizers=tokenizers,
@@ -301,6 +299,15 @@ def _read_index(folder: Path) -> Config:
     raise UserError(f"{folder} is not a diffusers pipeline: it has no {hub.INDEX}.")
 
 
+def read_configs(folder: Path) -> tuple[Config, Config, dict[str, Config]]:
+    """``model_index.json``, the scheduler's configuration, and that of every network the pipeline has, checked."""
+    model_index = _read_index(folder)
+    family = hub.family_of(model_index, folder)
+    present = _present(folder, model_index, family)
+    configs = {component: _read_config(folder, component, family) for component in present}
+    return model_index, read_json(folder / _SCHEDULER), configs
+
+
 def _present(folder: Path, model_index: Config, family: Family) -> list[str]:
     """The components that the pipeline has, in the family's order."""
     present = []
@@ -333,7 +340,7 @@ def _read_config(folder: Path, component: str, family: Family) -> Config:
     return config
 
 
-def _dtype_of(component: str, dtype: Any) -> Any:
+def dtype_of(component: str, dtype: Any) -> Any:
     """The type chosen for one component: see `load_pipeline`."""
     if isinstance(dtype, Mapping):
         return dtype.get(component, jnp.float32)
@@ -401,11 +408,11 @@ def _copy_component(source: Path, target: Path, variant: str | None) -> None:
     for file in set(safetensors_io.weight_files(source, variant).values()):
         names[file.name] = file.name.replace(f".{variant}", "", 1) if variant else file.name
         shutil.copyfile(file, target / names[file.name])
-    for index in source.glob("*.safetensors.index*.json"):
-        weight_map = read_json(index)
-        if set(weight_map["weight_map"].values()) <= set(names):
-            weight_map["weight_map"] = {key: names[name] for key, name in weight_map["weight_map"].items()}
-            _write_json(target / f"{index.name.split('.index')[0]}.index.json", weight_map)
+    found = safetensors_io.find_checkpoint(source, variant)
+    if found.suffix == ".json":
+        index = read_json(found)
+        index["weight_map"] = {key: names[name] for key, name in index["weight_map"].items()}
+        _write_json(target / safetensors_io.index_names(found.name.split(".")[0], None)[0], index)
 
 
 def _copy_rest(pipeline: Pipeline, folder: Path) -> None:

@@ -80,7 +80,7 @@ def make_plan(
     absent = tuple(entry for entry in wanted if entry.key in lacking and entry.key in computable)
     missing = [key for key in missing if key not in computable]
     if missing:
-        raise UserError(_lacks(folder, missing, unexpected, len(wanted)))
+        raise UserError(_lacks(folder, missing, unexpected) if names else _another(folder, missing, unexpected))
     if unexpected:
         raise UserError(_has_no_place(stored, unexpected, wanted))
     reads: dict[keymap.Path, list[Read]] = {}
@@ -104,13 +104,16 @@ def _check(read: Read) -> None:
         )
 
 
-def _lacks(folder: str | Path, missing: list[str], unexpected: list[str], count: int) -> str:
+def _another(folder: str | Path, missing: list[str], unexpected: list[str]) -> str:
+    held = f"{unexpected[0]!r} and others like it" if unexpected else "none at all"
+    return (
+        f"{folder} holds the weights of another network: none of the {len(missing)} tensors that its config.json asks "
+        f"for, such as {missing[0]!r}, but {held}."
+    )
+
+
+def _lacks(folder: str | Path, missing: list[str], unexpected: list[str]) -> str:
     key = missing[0]
-    if len(missing) == count and unexpected:
-        return (
-            f"{folder} holds the weights of another network: none of the {count} tensors that its config.json asks "
-            f"for, such as {key!r}, but {unexpected[0]!r} and others like it."
-        )
     more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
     nearest = keymap.closest(key, unexpected)
     return f"{folder} lacks the tensor {key!r}{more} that its config.json asks for; closest in the file: {nearest}."

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,15 +53,18 @@ def stored_tensors(folder: str | Path, variant: str | None = None) -> dict[str, 
     Raises:
       UserError: no weight files, one named by the index is absent, or one cannot be read.
     """
+    found = find_checkpoint(folder, variant)
+    return _headers(found) if found.suffix == _SUFFIX else _sharded(found)
+
+
+def find_checkpoint(folder: str | Path, variant: str | None = None) -> Path:
+    """The weight file of a model folder, or the index of several; see `stored_tensors`."""
     folder = Path(folder)
     for wanted in dict.fromkeys((variant or None, None)):
         for stem in STEMS:
-            single = folder / single_name(stem, wanted)
-            if single.is_file():
-                return _headers(single)
-            for name in index_names(stem, wanted):
+            for name in (single_name(stem, wanted), *index_names(stem, wanted)):
                 if (folder / name).is_file():
-                    return _sharded(folder / name)
+                    return folder / name
     raise UserError(_nothing_found(folder, variant))
 
 
@@ -171,7 +174,7 @@ def write_tree(
     for number, shard in enumerate(shards, 1):
         name = f"{stem}{_SUFFIX}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{_SUFFIX}"
         described = {entry.key: (_stored_type(flat[entry.path], dtype), entry.shape) for entry in shard}
-        _write_file(folder / name, described, _tensors(shard, flat, dtype), {})
+        write_tensors(folder / name, described, _tensors(shard, flat, dtype))
         weight_map.update(dict.fromkeys((entry.key for entry in shard), name))
         written.append(folder / name)
     if len(shards) > 1:
@@ -189,33 +192,43 @@ def save_file(tensors: Mapping[str, np.ndarray], file: str | Path, metadata: Map
       UserError: the disk is full, or the place cannot be written.
     """
     described = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    _write_file(Path(file), described, tensors.items(), metadata or {})
+    write_tensors(file, described, tensors.values(), metadata)
 
 
-def write_text(file: str | Path, text: str) -> None:
-    """Writes one text file, complete or not at all; UserError as `save_file`."""
-    with _arriving(Path(file)) as stream:
-        stream.write(text.encode())
-
-
-def _write_file(
-    file: Path,
-    described: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    tensors: Any,
-    metadata: Mapping[str, str],
+def write_tensors(
+    file: str | Path,
+    described: Mapping[str, tuple[Any, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the header, and then each ``(key, tensor)`` as it comes, in the order of ``described``."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    """Writes one safetensors file from tensors that need not be in memory together, complete or not at all.
+
+    Args:
+      file: its name.
+      described: type and shape of each tensor by key.
+      tensors: in the same order.
+      metadata: texts for the header.
+
+    Raises:
+      UserError: the disk is full, or the place cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for key, (dtype, shape) in described.items():
         start, end = end, end + jnp.dtype(dtype).itemsize * math.prod(shape)
         header[key] = {"dtype": _TYPES[jnp.dtype(dtype).name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8 bytes
-    with _arriving(file) as stream:
+    with _arriving(Path(file)) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in tensors:
+        for tensor in tensors:
             stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Writes one text file, complete or not at all; UserError as `save_file`."""
+    with _arriving(Path(file)) as stream:
+        stream.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -368,11 +381,10 @@ def _shards(wanted: list[Entry], flat: Mapping[keymap.Path, Any], dtype: Any, ma
     return shards
 
 
-def _tensors(shard: list[Entry], flat: Mapping[keymap.Path, Any], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Keys and tensors in the checkpoint's layout; a stacked leaf is fetched from the devices once."""
+def _tensors(shard: list[Entry], flat: Mapping[keymap.Path, Any], dtype: Any) -> Iterator[np.ndarray]:
+    """Tensors in the checkpoint's layout; a stacked leaf is fetched from the devices once."""
     fetched: tuple[keymap.Path | None, np.ndarray] = (None, np.empty(0))
     for entry in shard:
         if fetched[0] != entry.path:
             fetched = entry.path, np.asarray(jax.device_get(flat[entry.path]))
-        tensor = entry.to_torch(fetched[1][entry.index]).astype(_stored_type(flat[entry.path], dtype), copy=False)
-        yield entry.key, tensor
+        yield entry.to_torch(fetched[1][entry.index]).astype(_stored_type(flat[entry.path], dtype), copy=False)

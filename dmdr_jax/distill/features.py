@@ -41,15 +41,21 @@ def feature_layers(module: nn.Module, wide: bool = False) -> tuple[str, ...]:
     if not hasattr(config, "mid_level"):
         return ("norm_out",)
     middle = f"mid_block.resnets.{len(config.mid_level().depths) - 1}"
-    down, up = config.down_levels(), config.up_levels()
+    down = config.down_levels()
     around = f"down_blocks.{len(down) - 1}.resnets.{len(down[-1].depths) - 1}", "up_blocks.0.resnets.0"
     return (around[0], middle, around[1]) if wide else (middle,)
+
+
+def feature_width(module: nn.Module) -> int:
+    """The width of `feature_layers`' one layer."""
+    config = module.config
+    return config.block_out_channels[-1] if hasattr(config, "mid_level") else config.width
 
 
 def with_features(
     denoiser: Denoiser, weights: Weights, z: Array, t: Array, cond: Conditioning, layers: tuple[str, ...]
 ) -> tuple[Array, Features]:
-    """The output of `Denoiser.output`, and the layers' outputs: maps ``[b, h', w', d]`` or tokens ``[b, n, d]``, fp32."""
+    """The output of `Denoiser.output` and the layers': maps ``[b, h', w', d]`` or tokens ``[b, n, d]``, fp32."""
     t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), z.shape[:1])
     out, caught = denoiser.module.apply(
         lora.variables(weights.params, weights.lora),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import Process
-from dmdr_jax.diffusion.sampler import OutputFn, rollout, run_prefix, sample
+from dmdr_jax.diffusion.sampler import OutputFn, Trajectory, rollout, run_prefix, sample
 
 Array = jax.Array
 
@@ -59,18 +59,33 @@ class Simulation:
     def steps(self) -> int:
         return len(self.grid) - 1
 
+    def draw_index(self, key: Array, batch: int, group: int = 1, last: bool = False) -> Array:
+        """Grid indices ``[batch]``: one per ``group`` consecutive rows, one for all, or the ``last`` everywhere."""
+        if last:
+            return jnp.full((batch,), self.steps - 1, jnp.int32)
+        if self.shared_index:
+            return jnp.broadcast_to(jax.random.randint(key, (), 0, self.steps), (batch,))
+        index = jax.random.randint(key, (batch // group,), 0, self.steps)
+        return index if group == 1 else jnp.broadcast_to(index[:, None], (batch // group, group)).reshape(-1)
+
     def student_input(
-        self, output_fn: OutputFn, process: Process, noise: Array, key: Array, with_sample: bool = True
+        self,
+        output_fn: OutputFn,
+        process: Process,
+        noise: Array,
+        key: Array,
+        with_sample: bool = True,
+        group: int = 1,
+        last: bool = False,
     ) -> StudentInput:
-        """Simulates from ``noise`` without gradient and picks a grid index per sample (or per batch).
+        """Simulates from ``noise`` without gradient and picks a grid index per sample, see `draw_index`.
 
         Without ``with_sample`` the network calls that only ``simulated`` needs are left out.
         """
         output_fn = _without_gradient(output_fn)
         key_index, key_kernel, key_renoise = jax.random.split(key, 3)
         batch = noise.shape[0]
-        shape = () if self.shared_index else (batch,)
-        index = jnp.broadcast_to(jax.random.randint(key_index, shape, 0, self.steps), (batch,))
+        index = self.draw_index(key_index, batch, group, last)
         t = jnp.asarray(self.grid, jnp.float32)[index]
         if self.mode == "ode_final":
             final = sample(output_fn, process, self.kernel, noise, self.grid, key_kernel)
@@ -84,6 +99,30 @@ class Simulation:
         trajectory = rollout(output_fn, process, self.kernel, noise, grid, key_kernel)
         x0 = trajectory.x0[index, rows] if with_sample else None
         return StudentInput(trajectory.states[index, rows], t, index, x0)
+
+    def whole_input(
+        self,
+        output_fn: OutputFn,
+        process: Process,
+        kernel: Kernel,
+        noise: Array,
+        key: Array,
+        keys: Array | None = None,
+        group: int = 1,
+        last: bool = False,
+    ) -> tuple[StudentInput, Trajectory]:
+        """A whole rollout without gradient, and the student's input among its states.
+
+        Args:
+          kernel: of the rollout; the mode's own or another.
+          keys: the noise of the steps, where not drawn from ``key``: see `dmdr_jax.diffusion.sampler.step_noise`.
+        """
+        key_index, key_kernel, _ = jax.random.split(key, 3)
+        index = self.draw_index(key_index, noise.shape[0], group, last)
+        randomness = key_kernel if keys is None else keys
+        trajectory = rollout(_without_gradient(output_fn), process, kernel, noise, self.grid, randomness)
+        z = trajectory.states[index, jnp.arange(noise.shape[0])]
+        return StudentInput(z, jnp.asarray(self.grid, jnp.float32)[index], index, None), trajectory
 
 
 def _without_gradient(output_fn: OutputFn) -> OutputFn:

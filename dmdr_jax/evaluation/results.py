@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.evaluation.journal import write_text
 from dmdr_jax.evaluation.table import (
+    LEVEL,
     MISSING,
     Estimate,
     Statistic,
     estimate,
     format_estimate,
+    format_interval,
     jackknife,
     markdown_table,
     paired,
@@ -51,6 +54,7 @@ class Column:
       better: 1 where more is better, -1 where less is, 0 where neither.
       digits: behind the point.
       group: the part of the table it stands in.
+      times: the factor with which the table shows the number.
     """
 
     key: str
@@ -58,6 +62,7 @@ class Column:
     better: int
     digits: int = 3
     group: str = "verdicts"
+    times: float = 1.0
 
 
 _SCORER_KINDS = {"reward": "trained", "judge": "held out"}
@@ -120,9 +125,9 @@ def _difference(f: Statistic, g: Statistic) -> Statistic:
 
 def write(out: Path, results: Mapping[str, Any]) -> None:
     """``results.json`` and ``table.md``."""
-    text = json.dumps(_plain(results), indent=1, allow_nan=False)
-    (out / RESULTS_FILE).write_text(text, encoding="utf-8")
-    (out / TABLE_FILE).write_text(as_markdown(read(out)), encoding="utf-8")
+    text = json.dumps(plain(results), indent=1, allow_nan=False)
+    write_text(out / RESULTS_FILE, text)
+    write_text(out / TABLE_FILE, as_markdown(read(out)))
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -144,22 +149,25 @@ def read(folder: str | Path) -> dict[str, Any]:
 
 
 def _estimates(fields: Mapping[str, Mapping[str, Any]]) -> Summary:
-    def number(x: float | None) -> float:
-        return math.nan if x is None else x
+    def one(e: Mapping[str, Any]) -> Estimate:
+        mean, se = (math.nan if e[k] is None else e[k] for k in ("mean", "se"))
+        return Estimate(mean, se, e["n"], math.inf if e.get("freedom") is None else e["freedom"])
 
-    return {key: Estimate(number(e["mean"]), number(e["se"]), e["n"]) for key, e in fields.items()}
+    return {key: one(e) for key, e in fields.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's types; what is not finite becomes null."""
-    if isinstance(value, Estimate | Column):
-        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Estimate):
+        return plain({**dataclasses.asdict(value), "interval": value.interval()})
+    if isinstance(value, Column):
+        return plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -181,11 +189,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         if not models:
             continue
         parts.append(f"## Differences from {other}, image by image\n")
+        parts.append(f"In brackets the {100 * LEVEL:g} % confidence interval.\n")
         for group in groups:
             chosen = [c for c in results["columns"] if c.group == group]
             body = [
-                [m["name"], *(format_estimate(m["differences"][other].get(c.key), c.digits, True) for c in chosen)]
-                for m in models
+                [m["name"], *(format_difference(m["differences"][other].get(c.key), c) for c in chosen)] for m in models
             ]
             parts.append(markdown_table(["model", *(c.title for c in chosen)], body))
     parts.append(f"    {results['command']}\n")
@@ -195,5 +203,14 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def _row(model: Mapping[str, Any], chosen: Sequence[Column], with_speed: bool) -> list[str]:
     nfe = MISSING if model["nfe"] is None else str(model["nfe"])
     speed = MISSING if model["images_per_second"] is None else f"{model['images_per_second']:.3g}"
-    cells = [format_estimate(model["summary"].get(column.key), column.digits) for column in chosen]
+    cells = [format_estimate(model["summary"].get(column.key), column.digits, times=column.times) for column in chosen]
     return [model["name"], nfe, *([speed] if with_speed else []), *cells]
+
+
+def format_difference(value: Estimate | None, column: Column) -> str:
+    """``+0.212 [+0.132, +0.292]``: a difference with its confidence interval."""
+    if value is None or not math.isfinite(value.mean):
+        return MISSING
+    mean = f"{column.times * value.mean:+.{column.digits}f}"
+    interval = format_interval(value, column.digits, column.times)
+    return mean if interval == MISSING else f"{mean} {interval}"

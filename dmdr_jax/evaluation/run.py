@@ -1,7 +1,5 @@
 """An evaluation, from its command line to its files."""
 
-import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,54 +7,67 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from dmdr_jax.data.prompts import read_eval_records
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluate import DEFAULT_JUDGE, DEFAULT_REWARDS
 from dmdr_jax.evaluation import results as files
 from dmdr_jax.evaluation import shapes_eval
-from dmdr_jax.evaluation.entries import Entry, draw, load_scorers, open_models, parse_entries
+from dmdr_jax.evaluation.contestants import check_complete, draw_own, model_row
+from dmdr_jax.evaluation.entries import Entry, load_scorers, open_models, parse_entries
 from dmdr_jax.evaluation.environment import command, describe_environment
+from dmdr_jax.evaluation.folder_scores import score_folder
+from dmdr_jax.evaluation.gallery import Order
+from dmdr_jax.evaluation.geneval import judge_detections_file
+from dmdr_jax.evaluation.prompt_eval import evaluate_prompts
+from dmdr_jax.evaluation.questions import Questions
 from dmdr_jax.evaluation.results import Measured
-from dmdr_jax.generate import Recipe, initial_noise
+from dmdr_jax.evaluation.shards import OthersAtWork, Shard, wait_for_others
+from dmdr_jax.generate import Recipe
 from dmdr_jax.model import Model
 from dmdr_jax.rewards.clip_reward import ClipReward
 from dmdr_jax.shapes.diversity import frechet_features
-from dmdr_jax.shapes.prompts import TAGS, eval_records
-from dmdr_jax.shapes.world import World, get_world
+from dmdr_jax.shapes.prompts import TAGS
+from dmdr_jax.shapes.world import World
 from dmdr_jax.training.preview import image_grid
 
-DEFAULT_WORLD = "small"
 FLOOR = "renders"
-SEED_STRIDE = 100_000  # noise seeds between one evaluation seed and the next
 GRID_IMAGES = 64
 
 
 def evaluate(args: Any) -> str:
-    """Runs the evaluation of the parsed command line ``args`` and writes it; returns the table."""
+    """Does what the parsed command line ``args`` asks for; returns the table, or what other processes still owe."""
+    try:
+        if args.images:
+            return score_folder(args)
+        if args.detections:
+            return judge_detections_file(args)
+        if not args.model:
+            raise UserError("give --model NAME=PATH at least once, or --images FOLDER; see --help.")
+        entries, ask = parse_entries(args.model, args.baseline), Questions.make(args)
+        return evaluate_world(args, entries, ask) if ask.world else evaluate_prompts(args, entries, ask)
+    except OthersAtWork as waiting:
+        return str(waiting)
+
+
+def evaluate_world(args: Any, entries: list[Entry], ask: Questions) -> str:
+    """Compares models in the embedded world and writes the results; returns the table."""
     started = time.time()
-    entries = parse_entries(args.model, args.baseline)
-    ask = Questions.make(args)
+    _refuse_elsewhere(args)
     scorers = {f"{kind}/{name}": s for kind, option in KINDS.items() for name, s in _scorers(args, option).items()}
-    if ask.world is None and not scorers:
-        raise UserError("--prompts without --rewards and --judge leaves nothing to measure: name at least one.")
     models = open_models(entries, args.dtype)
     recipes = [model.recipe(e.steps, e.kernel, e.guidance, ask.size(model)) for e, model in zip(entries, models)]
-    if ask.world is not None:
-        _check_sizes(entries, models, ask.world)
+    _check_sizes(entries, models, ask.world)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    references = {} if ask.world is None else {"renders": shapes_eval.reference_features(ask.world, ask.records)}
+    references = {"renders": shapes_eval.reference_features(ask.world, ask.records)}
     measured: dict[str, Measured] = {}
     rows, pictures = [], []
     for entry, model, recipe in zip(entries, models, recipes):
         images, speed = _draw(args, ask, entry, model, recipe)
         measured[entry.name] = measure(ask, images, references, scorers)
-        if ask.world is not None and "teacher" not in references:
-            references["teacher"] = frechet_features(images)
-        rows.append(_row(entry, model, recipe, speed))
+        references.setdefault("teacher", frechet_features(images))
+        rows.append(model_row(entry, model, recipe) | {"images_per_second": speed})
         pictures.append(images[_kept(len(images), args.keep)])
         Image.fromarray(image_grid(images[_kept(len(images), GRID_IMAGES)])).save(out / f"{entry.name}.png")
     compared_with = list(dict.fromkeys([entries[0].name, args.baseline or entries[0].name]))
@@ -70,11 +81,11 @@ def evaluate(args: Any) -> str:
         "settings": vars(args),
         "environment": describe_environment(),
         "seconds": round(time.time() - started, 1),
-        "columns": files.columns(TAGS, list(scorers), ask.world is not None),
+        "columns": files.columns(TAGS, list(scorers), True),
         "compared_with": compared_with,
         "prompts": [{**record, "noise_seed": seed} for record, seed in zip(ask.records, ask.seeds)],
         "models": rows,
-        "floor": None if ask.world is None else _floor(ask, references, scorers),
+        "floor": _floor(ask, references, scorers),
     }
     files.write(out, results)
     return (out / files.TABLE_FILE).read_text(encoding="utf-8")
@@ -84,55 +95,17 @@ KINDS = {"reward": "rewards", "judge": "judge"}
 """Kinds of scorers and the options that name them."""
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Questions:
-    """What every model is asked: prompts, and the noise each image starts from.
-
-    Attributes:
-      world: whose verifier judges the images; None: no verifier.
-      records: one per image.
-      seeds: of the noise, one per image.
-    """
-
-    world: World | None
-    records: list[dict[str, Any]]
-    seeds: list[int]
-
-    @classmethod
-    def make(cls, args: Any) -> "Questions":
-        """From the command line; UserError where it asks for nothing or for two things."""
-        if args.prompts and args.world:
-            raise UserError("--prompts and --world exclude each other: a world brings its own prompts.")
-        for option in ("per_tag", "per_prompt", "batch", "keep"):
-            if getattr(args, option) < 1:
-                raise UserError(f"--{option} must be at least 1, not {getattr(args, option)}.")
-        if args.prompts:
-            world, records = None, read_eval_records(args.prompts)
-        else:
-            world = get_world(args.world or DEFAULT_WORLD)
-            records = eval_records(world, args.per_tag, args.seed)
-        records = [record for record in records for _ in range(args.per_prompt)]
-        return cls(world, records, [(args.seed * SEED_STRIDE + i) % 2**32 for i in range(len(records))])
-
-    @functools.cached_property
-    def prompts(self) -> list[str]:
-        return [record["prompt"] for record in self.records]
-
-    @functools.cached_property
-    def subsets(self) -> dict[str, np.ndarray]:
-        return {} if self.world is None else shapes_eval.subsets(self.records)
-
-    def size(self, model: Model) -> tuple[int, int]:
-        """Image height and width, pixels."""
-        return model.size if self.world is None else (self.world.size, self.world.size)
+def _refuse_elsewhere(args: Any) -> None:
+    """UserError for options that have no meaning in a world."""
+    for option in ("reward", "trained", "features", "reference", "lpips"):
+        if getattr(args, option):
+            raise UserError(
+                f"--{option} goes with --prompts FILE; a world's rewards are named by --rewards and --judge."
+            )
 
 
 def _scorers(args: Any, option: str) -> dict[str, ClipReward]:
-    default = {"rewards": DEFAULT_REWARDS, "judge": DEFAULT_JUDGE}[option]
-    named = getattr(args, option) or ("none" if args.prompts else default)
+    named = getattr(args, option) or {"rewards": DEFAULT_REWARDS, "judge": DEFAULT_JUDGE}[option]
     return load_scorers([] if named == "none" else named.split(","), option)
 
 
@@ -153,8 +126,6 @@ def caption(ask: Questions, args: Any, teacher: str) -> str:
         f"{len(ask.records)} images per model, all models on the same prompts and the same noise (seed {args.seed}). "
         "± is one standard error, prompts being the unit where several images share one."
     )
-    if ask.world is None:
-        return common
     return (
         f"{common} World `{ask.world.name}`, {args.per_tag} prompts for each of six tasks. The task columns and "
         "*unseen* are strict verdicts; *unseen* holds only compositions that never occur in training, so it leaves out "
@@ -169,10 +140,13 @@ def caption(ask: Questions, args: Any, teacher: str) -> str:
 # --- drawing and measuring -----------------------------------------------------------------------------------------
 
 
-def _draw(args: Any, ask: Questions, entry: Entry, model: Model, recipe: Recipe) -> tuple[np.ndarray, float]:
-    noise = initial_noise(model.pipeline, *ask.size(model), ask.seeds)
-    with tqdm(total=len(ask.records), desc=f"{entry.name}, {recipe.nfe} NFE", unit="image") as bar:
-        return draw(model, recipe, ask.prompts, noise, batch=args.batch, seed=args.seed, progress=bar.update)
+def _draw(args: Any, ask: Questions, entry: Entry, model: Model, recipe: Recipe) -> tuple[np.ndarray, float | None]:
+    """Images ``[n, h, w, 3]`` in [0, 1] and images per second; OthersAtWork while other processes owe some."""
+    order = Order(ask.prompts, ask.seeds, ask.size(model), args.seed)
+    gallery = draw_own(args, entry.name, model, recipe, order, Shard.make(args.shard))
+    wait_for_others(f"drawn {entry.name}")
+    check_complete(entry.name, gallery)
+    return gallery.read(), gallery.images_per_second()
 
 
 def measure(
@@ -180,23 +154,8 @@ def measure(
 ) -> Measured:
     """Every measure of one model's images."""
     scores = {name: scorer.score_prompts(images, ask.prompts).astype(np.float64) for name, scorer in scorers.items()}
-    if ask.world is None:
-        return Measured(scores, {})
     seen = shapes_eval.measure(ask.world, images, ask.records, references)
     return Measured(seen.per_image | scores, seen.statistics)
-
-
-def _row(entry: Entry, model: Model, recipe: Recipe, speed: float) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "path": entry.path,
-        "trained_steps": (model.meta or model.pipeline.student or {}).get("step"),
-        "grid": recipe.grid,
-        "kernel": str(recipe.kernel),
-        "guidance": recipe.guidance,
-        "nfe": recipe.nfe,
-        "images_per_second": speed,
-    }
 
 
 def _summaries(ask: Questions, measured: Mapping[str, Measured], name: str, compared_with: list[str]) -> dict[str, Any]:

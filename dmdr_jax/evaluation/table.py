@@ -16,6 +16,8 @@ section 8.2).
 What is no mean (a Frechet distance, an entropy) gets the delete-a-group jackknife over B blocks::
 
     se^2 = (B - 1) / B * sum_b (theta_(b) - mean theta_())^2                            (2)
+
+Confidence intervals are mean +- t se, with Student's t at G - 1 (or B - 1) degrees of freedom.
 """
 
 import dataclasses
@@ -27,6 +29,8 @@ import numpy as np
 
 BLOCKS = 20
 DECISIVE = 2.0  # standard errors
+LEVEL = 0.95  # of confidence intervals
+_MANY = 1e9  # degrees of freedom beyond which Student's t is the normal distribution
 MISSING = "–"
 
 Statistic = Callable[[np.ndarray], float]
@@ -38,11 +42,25 @@ Units = Sequence[Any] | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number, its standard error (nan where unknown) and the images behind it."""
+    """A number, its standard error (nan where unknown) and the images behind it.
+
+    Attributes:
+      freedom: degrees of freedom of the standard error.
+    """
 
     mean: float
     se: float
     n: int
+    freedom: float = math.inf
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """The confidence interval that holds the true value with probability ``level``; nan where unknown."""
+        from scipy.special import stdtrit
+
+        if not (math.isfinite(self.se) and self.freedom >= 1):
+            return math.nan, math.nan
+        t = stdtrit(min(self.freedom, _MANY), (1 + level) / 2)
+        return float(self.mean - t * self.se), float(self.mean + t * self.se)
 
 
 # --- estimates -----------------------------------------------------------------------------------------------------
@@ -62,10 +80,11 @@ def estimate(values: np.ndarray, units: Units | None = None) -> Estimate:
     if not n:
         return Estimate(math.nan, math.nan, 0)
     x: np.ndarray = values.astype(np.float64)
+    freedom = (n if units is None else len(np.unique(np.asarray(units)))) - 1
     if values.dtype == bool and _alike(x):
-        return Estimate(float(x.mean()), _laplace_error(x, (0, 1)), n)
+        return Estimate(float(x.mean()), _laplace_error(x, (0, 1)), n, freedom)
     by_image, by_unit = _unit_error(x, np.arange(n)), math.nan if units is None else _unit_error(x, units)
-    return Estimate(float(x.mean()), float(np.fmax(by_image, by_unit)), n)
+    return Estimate(float(x.mean()), float(np.fmax(by_image, by_unit)), n, freedom)
 
 
 def _unit_error(x: np.ndarray, units: Units) -> float:
@@ -93,7 +112,8 @@ def paired(values: np.ndarray, others: np.ndarray, units: Units | None = None) -
     """
     difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
     if np.asarray(values).dtype == bool and _alike(difference):
-        return Estimate(float(difference.mean()), _laplace_error(difference, (-1, 1)), len(difference))
+        freedom = (len(difference) if units is None else len(np.unique(np.asarray(units)))) - 1
+        return Estimate(float(difference.mean()), _laplace_error(difference, (-1, 1)), len(difference), freedom)
     return estimate(difference, units)
 
 
@@ -107,7 +127,7 @@ def jackknife(statistic: Statistic, n: int, blocks: int = BLOCKS) -> Estimate:
         return Estimate(statistic(index), math.nan, n)
     left_out = np.array([statistic(index[index % blocks != b]) for b in range(blocks)])
     se = math.sqrt((blocks - 1) / blocks * ((left_out - left_out.mean()) ** 2).sum())
-    return Estimate(statistic(index), se, n)
+    return Estimate(statistic(index), se, n, blocks - 1)
 
 
 def decide(difference: Estimate, better: int) -> str:
@@ -127,12 +147,18 @@ def decide(difference: Estimate, better: int) -> str:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def format_estimate(value: Estimate | None, digits: int = 3, signed: bool = False) -> str:
+def format_estimate(value: Estimate | None, digits: int = 3, signed: bool = False, times: float = 1.0) -> str:
     """``0.617 ± 0.031``; the standard error is left out where it is unknown, and all where the number is."""
     if value is None or not math.isfinite(value.mean):
         return MISSING
-    mean = f"{value.mean:{'+' if signed else ''}.{digits}f}"
-    return f"{mean} ± {value.se:.{digits}f}" if math.isfinite(value.se) else mean
+    mean = f"{times * value.mean:{'+' if signed else ''}.{digits}f}"
+    return f"{mean} ± {times * value.se:.{digits}f}" if math.isfinite(value.se) else mean
+
+
+def format_interval(value: Estimate | None, digits: int = 3, times: float = 1.0) -> str:
+    """``[-0.012, +0.034]``, the confidence interval; `MISSING` where it is unknown."""
+    low, high = (math.nan, math.nan) if value is None else value.interval()
+    return f"[{times * low:+.{digits}f}, {times * high:+.{digits}f}]" if math.isfinite(low) else MISSING
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,14 +10,18 @@ variable collection ``lora``. Its scale is an ordinary (traced) argument, a scal
 per batch row, so that one forward pass can serve rows with different scales.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 LoraScale = Array | float | None
+
+_MAX_PERIOD = 10000.0
 
 
 def _row_scale(scale: LoraScale, x: Array) -> Array:
@@ -162,12 +166,21 @@ class Embed(nn.Module):
         return jnp.asarray(table, self.dtype)[ids]
 
 
-def timestep_embedding(t: Array, dim: int) -> Array:
-    """Sinusoidal features of ``t`` (``[b]``, diffusers' 0..1000 scale): ``[b, dim]``, cosines first, fp32."""
+def timestep_embedding(t: Array, dim: int, cosines_first: bool = True, shift: int = 0) -> Array:
+    """Sine-cosine features ``[n, dim]`` fp32 of ``t`` ``[n]``, as diffusers' ``Timesteps``.
+
+    Args:
+      t: any numbers; times are 0..1000.
+      dim: even.
+      cosines_first: diffusers' ``flip_sin_to_cos``.
+      shift: taken from ``dim / 2`` in the spacing of the frequencies.
+    """
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    # Large t magnify the last bit of a frequency: exponents in fp32 as diffusers has them, their exponential exact.
+    exponents = np.float32(-math.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(waves[::-1] if cosines_first else waves, axis=-1)
 
 
 def quick_gelu(x: Array) -> Array:

@@ -5,22 +5,19 @@ a skip connection from every layer of the way down to its mirror image on the wa
 spatial transformer are one scanned module with stacked parameters.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.attention import attention, merge_heads, split_heads
-from dmdr_jax.models.layers import Array, Conv, Dense, GroupNorm, LayerNorm, LoraScale, gelu_exact
+from dmdr_jax.models.layers import Array, Conv, Dense, GroupNorm, LayerNorm, LoraScale, gelu_exact, timestep_embedding
 from dmdr_jax.models.remat import name_attention, remat
 from dmdr_jax.models.unet_config import Level, UNetConfig
 
 _SPATIAL_NORM_EPS = 1e-6
 _TOKEN_NORM_EPS = 1e-5
-_MAX_PERIOD = 10000.0
 
 
 class UNet2DCondition(nn.Module):
@@ -104,8 +101,10 @@ class UNet2DCondition(nn.Module):
         """Sum of the embedded time and the embedded pooled text and sizes, after SiLU: ``[b, 4 d]``."""
         cfg = self.config
         b = timestep.shape[0]
-        waves = sinusoid(timestep, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
-        sizes = sinusoid(time_ids.reshape(-1), cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift)
+        waves = timestep_embedding(timestep, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
+        sizes = timestep_embedding(
+            time_ids.reshape(-1), cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift
+        )
         added = jnp.concatenate([pooled, sizes.reshape(b, -1)], axis=-1)
         if added.shape[-1] != cfg.projection_class_embeddings_input_dim:
             raise UserError(
@@ -129,23 +128,6 @@ class UNet2DCondition(nn.Module):
         name = f"{block}.attentions.{j}"
         transformer = SpatialTransformer(self.config, depth, level.heads, self.dtype, self.remat, name=name)
         return transformer(x, prompt_embeds, lora_scale)
-
-
-def sinusoid(t: Array, dim: int, flip: bool, shift: int) -> Array:
-    """Sine-cosine features ``[n, dim]`` fp32 of ``t`` ``[n]``, as diffusers' ``Timesteps``.
-
-    Args:
-      t: any numbers; times are 0..999.
-      dim: even.
-      flip: cosines first.
-      shift: taken from ``dim / 2`` in the spacing of the frequencies.
-    """
-    half = dim // 2
-    # Large t magnify the last bit of a frequency: exponents in fp32 as diffusers has them, their exponential exact.
-    exponents = np.float32(-math.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
-    angles = t.astype(jnp.float32)[:, None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
-    waves = [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.concatenate(waves[::-1] if flip else waves, axis=-1)
 
 
 def upsample(x: Array, size: tuple[int, int]) -> Array:

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 
 from dmdr_jax.objectives.base import as_groups
 from dmdr_jax.rewards.base import RewardSpec
-from dmdr_jax.rewards.combine import combined_reward, reward_value, reward_weight
+from dmdr_jax.rewards.combine import GROUP_FLOOR, combined_reward, group_z_scores, reward_value, reward_weight
 
 Array = jax.Array
 
 NORMALISE = ("group", "batch", "none")
 COMBINE = ("each", "sum")
-_FLOOR = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +59,9 @@ class Advantages:
         groups = as_groups(values.astype(jnp.float32), group)
         centred = groups - groups.mean(1, keepdims=True)
         if self.normalise == "group":
-            centred = centred / (jnp.sqrt((centred**2).mean(1, keepdims=True)) + _FLOOR)
+            centred = group_z_scores(groups)
         elif self.normalise == "batch":
-            centred = centred / (groups.std() + _FLOOR)
+            centred = centred / (groups.std() + GROUP_FLOOR)
         return jnp.clip(centred, -self.limit, self.limit).reshape(-1)
 
     def strength(self, step: Array) -> Array:

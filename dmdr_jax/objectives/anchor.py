@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dmdr_jax.objectives.base import REFERENCE, Context, Metrics
+from dmdr_jax.objectives.base import REFERENCE, REFERENCE_X0, Context, Metrics
 
 Array = jax.Array
 
@@ -23,7 +23,7 @@ class Anchor:
     weight: float
     start: int = 0
     name: str = "anchor"
-    needs: frozenset[str] = frozenset({REFERENCE})
+    needs: frozenset[str] = frozenset({REFERENCE, REFERENCE_X0})
 
     def active(self, step: int) -> bool:
         return self.weight != 0.0 and step >= self.start

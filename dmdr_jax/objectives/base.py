@@ -36,11 +36,12 @@ PAIRS = "pairs"
 DENOISING_PAIRS = "denoising_pairs"
 """`Context.pair_errors`: denoising errors of each group's best and worst sample, of student and reference."""
 REFERENCE = "reference"
-"""The reference student: `Context.reference_x0` at the student's input, `Transitions.kl` along a rollout."""
-OLD = "old"
-"""`Context.old_x0`: the student's prediction before the first of the updates that share a rollout."""
+"""A reference student is kept: with it, `Transitions.kl` and the second halves of pairs."""
+REFERENCE_X0 = "reference_x0"
+"""`Context.reference_x0`: the reference's prediction at the student's input."""
 TARGETS = "targets"
-"""`Context.target_gain`: rewards of the implicit target relative to those of the sample."""
+"""`Context.target_gain`: rewards of the implicit target and of the sample; `Context.old_x0`: the student's prediction
+before the first of the updates that share a rollout."""
 DM_REWARD = "dm_reward"
 """`Context.sample_rewards["dm"]`: distribution matching as a number per sample."""
 IMPORTANCE = "importance"
@@ -51,11 +52,15 @@ ADVERSARY = "adversary"
 """`Context.realness`: what the discriminator makes of the renoised x0, carrying gradient."""
 FAKE_ON_ROLLOUT = "fake_on_rollout"
 """The fake score is trained inside the generator's program, on the stored rollout, and nowhere else."""
+LAST_STEP = "last_step"
+"""The student's call is at the last step of its grid."""
 
 FAKE_SCORE_NEEDS = frozenset({DM_DRAW, TARGETS, DM_REWARD, ADVERSARY, FAKE_ON_ROLLOUT})
 """What is computed from the fake score, which must then be trained."""
-SAMPLE_NEEDS = frozenset({SAMPLE_REWARDS, TRANSITIONS, PAIRS, DENOISING_PAIRS, DM_REWARD})
+SAMPLE_NEEDS = frozenset({SAMPLE_REWARDS, TRANSITIONS, PAIRS, DENOISING_PAIRS, DM_REWARD, IMPORTANCE})
 """What is computed from whole rollouts."""
+REUSE = frozenset({TRANSITIONS, PAIRS, DENOISING_PAIRS, IMPORTANCE, TARGETS})
+"""What lets a rollout serve several updates."""
 
 
 class Transitions(NamedTuple):

@@ -70,7 +70,8 @@ class PairPreference:
             margin = denoising_margin(ctx.pair_errors.student, ctx.pair_errors.reference)
         preference = -jax.nn.log_sigmoid(self.beta * margin).mean()
         loss = self.weight * self.ranking.strength(ctx.step) * preference
-        rewards = {f"reward/{s.name}": ctx.sample_rewards[s.name].astype(jnp.float32).mean() for s in self.ranking.specs}
+        scores = {s.name: ctx.sample_rewards[s.name].astype(jnp.float32) for s in self.ranking.specs}
+        rewards = {f"reward/{name}": score.mean() for name, score in scores.items()}
         right = (margin > 0).astype(jnp.float32).mean()
         return loss, {"dpo/loss": loss, "dpo/preference": preference, "dpo/right": right} | rewards
 

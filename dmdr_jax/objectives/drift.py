@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.objectives.advantages import Advantages
-from dmdr_jax.objectives.base import FEATURES, GROUPS, REFERENCE, REWARDS, Context, Metrics, as_groups
+from dmdr_jax.objectives.base import FEATURES, GROUPS, REFERENCE, REFERENCE_X0, REWARDS, Context, Metrics, as_groups
 
 Array = jax.Array
 
@@ -63,7 +63,7 @@ class Drift:
 
     @property
     def needs(self) -> frozenset[str]:
-        reference = {REFERENCE} if self.reference_weight else set()
+        reference = {REFERENCE, REFERENCE_X0} if self.reference_weight else set()
         return frozenset({GROUPS, REWARDS, FEATURES, *reference})
 
     def active(self, step: int) -> bool:

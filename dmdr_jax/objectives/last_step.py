@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dmdr_jax.objectives.base import REWARDS_WITH_GRADIENT, Context, Metrics
+from dmdr_jax.objectives.base import LAST_STEP, REWARDS_WITH_GRADIENT, Context, Metrics
 from dmdr_jax.rewards.base import RewardSpec, saturated_fraction
 from dmdr_jax.rewards.combine import combined_reward
 
@@ -29,8 +29,7 @@ class LastStepReward:
     Attributes:
       specs: the rewards with their weights.
       margin: of the weighted sum; None: no hinge.
-      every: whether every call is at the last step.
-      need: what makes it so.
+      every: every call is at the last step, as the released code has it.
     """
 
     specs: tuple[RewardSpec, ...]
@@ -38,7 +37,10 @@ class LastStepReward:
     margin: float | None = 3.0
     every: bool = False
     name: str = "last_step"
-    needs: frozenset[str] = frozenset({REWARDS_WITH_GRADIENT})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({REWARDS_WITH_GRADIENT}) | ({LAST_STEP} if self.every else frozenset())
 
     def active(self, step: int) -> bool:
         return self.weight != 0.0 and any(spec.weight and step >= spec.start for spec in self.specs)

@@ -1,7 +1,7 @@
 """GDMD (arXiv 2604.19009): rewards judge where distribution matching is about to take a sample.
 
-The gradient g of distribution matching (`dmdr_jax.distill.dm`) is a regression onto the implicit target x - g. Its image
-is scored beside the sample's own, and how much better it is decides whether it is followed ::
+The gradient g of distribution matching (`dmdr_jax.distill.dm`) is a regression onto the implicit target x - g. Its
+image is scored beside the sample's own, and how much better it is decides whether it is followed ::
 
     r = 1/2 + 1/2 clip( mean_m (R_m(x - g) - R_m(x)) / Z_m, -1, 1 )                                          (1)
     L = r mean (x+ - target)^2 + (1 - r) mean (x- - target)^2                                                (2)

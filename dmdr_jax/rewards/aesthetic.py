@@ -63,7 +63,8 @@ class AestheticReward(TowerScorer):
         """Scores `[b]`, fp32, of preprocessed pixels `[b, size, size, 3]`, which alone receive a gradient."""
         params = jax.lax.stop_gradient(params)
         features = embed_pixels(self.vision, params[_CLIP], pixels)
-        return self.head.apply({"params": params[_HEAD]}, features)
+        scores: Any = self.head.apply({"params": params[_HEAD]}, features)
+        return scores
 
 
 def load_aesthetic_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = False) -> AestheticReward:

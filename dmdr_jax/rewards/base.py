@@ -103,17 +103,19 @@ def calibrated(spec: RewardSpec, teacher_scores: np.ndarray) -> RewardSpec:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A loaded reward; `dmdr_jax.rewards.registry.open_reward` opens every kind.
+    """A loaded reward; `dmdr_jax.rewards.registry.open_reward` opens every kind."""
 
-    Attributes:
-      spec: name, weight and the rest.
-      params: the frozen image side, given back to `score` as its first argument.
-      differentiable: whether `score` has a gradient; gradient methods refuse one that has none.
-    """
+    @property
+    def spec(self) -> RewardSpec:
+        """Name, weight and the rest."""
 
-    spec: RewardSpec
-    params: Params
-    differentiable: bool
+    @property
+    def params(self) -> Params:
+        """The frozen image side, given back to `score` as its first argument."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `score` has a gradient; gradient methods refuse one that has none."""
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """What the text side needs of the prompts, an array `[b, ...]`, prefix included, truncated and padded."""

@@ -52,17 +52,19 @@ def embed_images(tower: ClipVisionModel, preprocess: Preprocessing, params: Para
 
 def embed_pixels(tower: ClipVisionModel, params: Params, pixels: Array) -> Array:
     """Unit image features `[b, d]`, fp32, of preprocessed pixels `[b, size, size, 3]`."""
-    return unit(tower.apply({"params": params}, pixels).projected)
+    out: Any = tower.apply({"params": params}, pixels)
+    return unit(out.projected)
 
 
 def embed_texts(tower: ClipTextModel, params: Params, ids: Array) -> Array:
     """Unit text features `[b, d]`, fp32, of ids `[b, n]`."""
-    return unit(tower.apply({"params": params}, ids).projected)
+    out: Any = tower.apply({"params": params}, ids)
+    return unit(out.projected)
 
 
 def towers(config: ClipConfig, dtype: Any, remat: bool = False) -> tuple[ClipVisionModel, ClipTextModel]:
     """The two towers of a CLIP with the projections of the whole; their parameters are subtrees of `Clip`'s."""
-    own = {"projection_dim": config.projection_dim, "with_projection": True}
+    own: dict[str, Any] = {"projection_dim": config.projection_dim, "with_projection": True}
     vision = ClipVisionModel(dataclasses.replace(config.vision, **own), dtype, remat)
     return vision, ClipTextModel(dataclasses.replace(config.text, **own), dtype)
 

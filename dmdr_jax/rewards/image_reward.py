@@ -67,7 +67,7 @@ class ImageReward(TowerScorer):
     def score_pixels(self, params: Params, pixels: Array, text_features: Array) -> Array:
         """Scores `[b]`, fp32, of preprocessed pixels `[b, size, size, 3]`, which alone receive a gradient."""
         mask = text_features != self.tokenizer.pad_token_id
-        raw = self.network.apply({"params": jax.lax.stop_gradient(params)}, pixels, text_features, mask)
+        raw: Any = self.network.apply({"params": jax.lax.stop_gradient(params)}, pixels, text_features, mask)
         return (raw.astype(jnp.float32) - SCORE_MEAN) / SCORE_STD
 
 

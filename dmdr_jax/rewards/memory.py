@@ -30,12 +30,12 @@ def in_microbatches(fn: Callable[..., Tree], size: int, *, remat: bool = True) -
     """
     if size < 0:
         raise ValueError(f"size must not be negative, and is {size}")
-    inner = jax.checkpoint(fn) if remat else fn
 
     def run(*args: Tree) -> Tree:
         rows = jax.tree.leaves(args)[0].shape[0]
         if not 0 < size < rows:
-            return inner(*args)
+            return jax.checkpoint(fn)(*args) if remat else fn(*args)
+        inner = jax.checkpoint(fn, prevent_cse=False) if remat else fn  # a loop's body is not merged with another
         lots = -(-rows // size)
         dealt = jax.tree.map(lambda x: _deal(_filled(x, lots * size), size), args)
         found = jax.lax.map(lambda lot: inner(*lot), dealt)

@@ -81,7 +81,7 @@ class Preprocessing:
                 raise UserError(f"an image to score must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}.")
             rows.append(self._published_square(image))
         pixels = np.stack(rows) if rows else np.zeros((0, self.size, self.size, 3), np.float32)
-        return (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize, before cropping or padding."""

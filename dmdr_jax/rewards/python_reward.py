@@ -210,7 +210,8 @@ def load_python_reward(spec: RewardSpec) -> PythonReward:
     module = _import(module_name, who)
     function = getattr(module, name, None)
     if not callable(function):
-        named = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        functions = [value for _, value in inspect.getmembers(module, inspect.isfunction)]
+        named = [f.__name__ for f in functions if f.__module__ == module.__name__ and not f.__name__.startswith("_")]
         raise UserError(f"{who}: {module_name} has no function {name!r}; it has {', '.join(named) or 'none'}.")
     reason = "it is marked as a host_scorer" if getattr(function, _ON_HOST, False) else ""
     reward = PythonReward(spec, function, not reason, reason)
@@ -221,19 +222,24 @@ def _probed(reward: PythonReward) -> PythonReward:
     """The reward as it is if JAX can trace its function, else as a host scorer with the reason."""
     ids = reward.tokenize([""] * _PROBES[0][0])
     features = jax.ShapeDtypeStruct(ids.shape, ids.dtype)
-    reason = ""
+    errors: list[Exception] = []
     for shape in _PROBES:
         try:
             jax.eval_shape(partial(reward.score, {}), jax.ShapeDtypeStruct(shape, jnp.float32), features)
             return reward
-        except UserError:
-            raise
-        except PromptsUnavailable as error:
-            reason = str(error)
         except Exception as error:  # whatever the user's function, or PyTorch given a tracer, raises
-            message = str(error).splitlines()[:1] or [""]
-            reason = reason or f"JAX cannot trace it: {type(error).__name__}: {message[0]}"
-    return dataclasses.replace(reward, differentiable=False, reason=reason)
+            errors.append(error)
+    wrong = next((error for error in errors if isinstance(error, UserError)), None)
+    if wrong is not None:
+        raise wrong
+    return dataclasses.replace(reward, differentiable=False, reason=_reason(errors[0]))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PromptsUnavailable):
+        return str(error)
+    message = str(error).splitlines()[:1] or [""]
+    return f"JAX cannot trace it: {type(error).__name__}: {message[0]}"
 
 
 def _import(name: str, who: str) -> Any:

@@ -9,7 +9,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
@@ -70,7 +70,7 @@ def parse_reward(text: str, resolve: Callable[[str], str] = lambda path: path) -
       UserError: there is no path.
     """
     parts = _OPTION.split(text)
-    head, options = parts[0], dict(zip(parts[1::2], parts[2::2]))
+    head, options = parts[0], cast(dict[str, Any], dict(zip(parts[1::2], parts[2::2])))
     name, equals, path = head.partition("=")
     if not equals:
         name, path = "", head

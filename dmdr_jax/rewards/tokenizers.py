@@ -127,7 +127,7 @@ def _from_merges(file: Path) -> Any:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); fetch it again.") from error
     room = _VOCABULARY - 2 * len(characters) - 2
-    merges = [tuple(line.split()) for line in lines[1 : 1 + room]]
+    merges: list[Any] = [tuple(line.split()) for line in lines[1 : 1 + room]]
     tokens = [*characters, *(c + WORD_END for c in characters), *("".join(merge) for merge in merges), _START, _END]
     if len(tokens) != _VOCABULARY:
         raise UserError(f"{file} makes {len(tokens)} tokens and not CLIP's {_VOCABULARY}; fetch it again.")

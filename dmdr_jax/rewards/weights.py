@@ -94,14 +94,19 @@ def _read_safetensors(file: Path) -> Tensors:
 
 def _read_pickled(file: Path) -> Tensors:
     tree = read_torch_file(file)
-    nested = [tree] + [tree[name] for name in _NESTS if isinstance(tree, dict) and name in tree]
-    for level in nested:
-        if isinstance(level, dict):
-            tensors = {str(name): value for name, value in level.items() if isinstance(value, LazyTensor)}
-            if tensors:
-                return _without_prefix(tensors)
-    held = ", ".join(map(repr, tree)) if isinstance(tree, dict) else f"a {type(tree).__name__}"
-    raise UserError(f"{file} holds no state_dict of tensors, but {held or 'nothing'}.")
+    levels = [tree, *(tree[name] for name in _NESTS if name in tree)] if isinstance(tree, dict) else []
+    # Beside a nested state_dict there may lie single tensors, such as a temperature.
+    tensors = max(map(_tensors_of, levels), key=len, default={})
+    if not tensors:
+        held = ", ".join(map(repr, tree)) if isinstance(tree, dict) else f"a {type(tree).__name__}"
+        raise UserError(f"{file} holds no state_dict of tensors, but {held or 'nothing'}.")
+    return _without_prefix(tensors)
+
+
+def _tensors_of(level: Any) -> Tensors:
+    if not isinstance(level, dict):
+        return {}
+    return {str(name): value for name, value in level.items() if isinstance(value, LazyTensor)}
 
 
 def _without_prefix(tensors: Tensors) -> Tensors:

@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.training import disk
+from dmdr_jax.training import disk, runtime
 
 Tree = Any
 Meta = dict[str, Any]
@@ -127,8 +127,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # A save under way is finished even if the run ends in an error, unless it would wait for what is gone.
+        if not runtime.is_loss(error):
+            self.close()
 
 
 def load_trained(path: epath.PathLike, fields: Sequence[str] = ("generator", "ema")) -> tuple[dict[str, Tree], Meta]:
@@ -188,7 +190,7 @@ def _is_step(folder: epath.Path) -> bool:
     if not folder.name.isdigit() or not ((folder / _STATE).is_dir() or (folder / _META).is_dir()):
         return False
     # An object store has no atomic rename: there Orbax writes this file last.
-    return not str(folder).startswith("gs://") or (folder / "commit_success.txt").exists()
+    return not disk.is_remote(folder) or (folder / "commit_success.txt").exists()
 
 
 # --- what a checkpoint says of itself ------------------------------------------------------------------------------
@@ -299,9 +301,9 @@ def _damage(folder: epath.Path) -> Iterator[None]:
     """Whatever goes wrong in reading a finished checkpoint means that it is damaged, and ends the run."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # tensorstore raises bare Exception
+        if isinstance(error, UserError) or runtime.is_loss(error):
+            raise
         raise UserError(_damage_message(folder, _first_line(_root_cause(error)))) from error
 
 

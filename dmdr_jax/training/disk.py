@@ -1,15 +1,57 @@
-"""Disks that cannot be written, however deep in a library's threads that was met, told in one sentence."""
+"""Writing to disks and object stores.
+
+A place that cannot be written, however deep in a library's threads that was met, is told in one sentence.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterator
+
+from etils import epath
 
 from dmdr_jax.errors import UserError
 
+STORE = "gs://"
+"""The object store, where a file is written once and whole: it cannot grow, and has its name when it is there."""
+
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _FULL_TEXTS = ("no space left on device", "disk quota exceeded")  # of libraries that wrap the errno
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path lies in an object store."""
+    return str(epath.Path(path)).startswith(STORE)
+
+
+def make_folder(folder: epath.PathLike) -> None:
+    """Makes a folder and those above it, where they are absent.
+
+    Raises:
+      UserError: it cannot be made, or it is a URL of a kind that cannot be written.
+    """
+    scheme = re.match(r"[a-z0-9]+:/+", str(folder))
+    if scheme and not is_remote(folder):
+        raise UserError(f"{folder} is no place to write to; give a local folder, or one in {STORE}")
+    with writing(f"make the folder {folder}"):
+        try:
+            epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        except ImportError as error:  # fsspec names the package
+            raise UserError(f"{folder} cannot be reached: {error}") from error
+
+
+def write_file(path: epath.Path, content: bytes) -> None:
+    """Writes a file, whole or not at all, and the folder that it lies in. Raises UserError when the disk is full."""
+    with writing(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_remote(path):
+            path.write_bytes(content)
+        else:
+            unfinished = path.with_name(path.name + ".tmp")
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
 
 
 @contextlib.contextmanager

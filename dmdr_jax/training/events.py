@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import pathlib
 import platform
 import sys
 import time
@@ -17,12 +16,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
+
+from dmdr_jax.training import disk
 
 _REPLACED = "clu.metric_writers.summary_writer"
 _stand_in = types.ModuleType(_REPLACED)
@@ -33,22 +35,22 @@ from clu import metric_writers  # noqa: E402
 
 
 class EventWriter(metric_writers.MetricWriter):
-    """clu's MetricWriter interface over one event file: scalars, images and texts.
+    """clu's MetricWriter interface over event files: scalars, images and texts.
+
+    On a disk there is one file; in an object store each `flush` ends one and begins another, which TensorBoard reads in
+    the order of their names.
 
     Args:
-      logdir: folder of the event file.
+      logdir: folder of the event files.
       start_step: the first step this writer will write; TensorBoard then forgets what an earlier, interrupted run
         wrote from there on.
     """
 
-    def __init__(self, logdir: str | os.PathLike, start_step: int = 0):
+    def __init__(self, logdir: epath.PathLike, start_step: int = 0):
         super().__init__()
-        # Two runs in one folder get names of their own, in the order they were started.
-        folder = pathlib.Path(logdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"events.out.tfevents.{time.time_ns() // 1000:017d}.{platform.node()}.{os.getpid()}"
-        self._records = RecordWriter(open(path, "wb"))  # noqa: SIM115
-        self._add(Event(file_version="brain.Event:2"))
+        self._folder = epath.Path(logdir)
+        disk.make_folder(self._folder)
+        self._begin()
         self._add(Event(step=start_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -92,9 +94,22 @@ class EventWriter(metric_writers.MetricWriter):
 
     def flush(self) -> None:
         self._records.flush()
+        if isinstance(self._file, io.BytesIO) and self._unsent:
+            disk.write_file(self._path, self._file.getvalue())
+            self._begin()
 
     def close(self) -> None:
+        self.flush()
         self._records.close()
+
+    def _begin(self) -> None:
+        """A new file. Two runs in one folder get names of their own, in the order they were started."""
+        name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{platform.node()}.{os.getpid()}"
+        self._path = self._folder / name
+        self._file = io.BytesIO() if disk.is_remote(self._folder) else open(self._path, "wb")  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._add(Event(file_version="brain.Event:2"))
+        self._unsent = False
 
     def _write(self, step: int, values: list[Summary.Value]) -> None:
         self._add(Event(step=int(step), summary=Summary(value=values)))
@@ -103,6 +118,7 @@ class EventWriter(metric_writers.MetricWriter):
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
         self._records.flush()
+        self._unsent = True
 
 
 def _png(image: np.ndarray) -> Summary.Image:

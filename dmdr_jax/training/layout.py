@@ -1,6 +1,7 @@
 """Where a run's arrays live: the mesh and the placements, in one object that the loop asks."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -30,16 +31,25 @@ class Layout:
         sharding.batch_sharding(self.mesh, batch)
 
     def put_batch(self, tree: Tree) -> Tree:
-        """Arrays ``[b, ...]`` that every process holds whole, split over the devices."""
+        """Arrays ``[b, ...]`` that every process holds whole, split over the devices; each feeds its own."""
 
         def put(x):
-            return jax.device_put(np.asarray(x), sharding.batch_sharding(self.mesh, len(x)))
+            rows = np.asarray(x)
+            return _place(rows, sharding.batch_sharding(self.mesh, len(rows)))
 
         return jax.tree.map(put, tree)
 
     def replicate(self, tree: Tree) -> Tree:
         """One copy of each array on every device."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        return jax.tree.map(lambda x: _place(x, sharding.replicated(self.mesh)), tree)
+
+    def drawing(self, images: int) -> tuple[int, jax.sharding.Sharding | None]:
+        """How many of so many images to draw at a time, and how they are split: evenly over all devices."""
+        devices = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        if devices == 1:
+            return images, None
+        batch = -(-images // devices) * devices
+        return batch, sharding.batch_sharding(self.mesh, batch)
 
     def component_shardings(self, component: str, abstract: Tree) -> Tree:
         """Where a frozen network's tensors go as they are read: the denoiser and T5 split, the rest whole."""
@@ -54,4 +64,16 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        return f"{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s) ({sizes})"
+        where = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s){where} ({sizes})"
+
+
+def _place(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """An array where it belongs; of several processes each hands over what its own devices hold.
+
+    (`jax.device_put` would first compare what all of them hold, which waits for all of them.)
+    """
+    if where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])

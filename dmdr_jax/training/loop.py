@@ -4,25 +4,25 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from dmdr_jax import __version__
+from dmdr_jax import __version__, methods
 from dmdr_jax.data.prompts import PromptStream, load_prompts
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import encode, encode_uncond, tokenize
 from dmdr_jax.evaluation.environment import command, versions
-from dmdr_jax.objectives.base import DM_DRAW, Term, active_terms
-from dmdr_jax.rewards.clip_reward import ClipReward
-from dmdr_jax.training import ode, setup
+from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates
+from dmdr_jax.rewards.base import Reward
+from dmdr_jax.training import disk, ode, runtime, setup
 from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.preview import Preview
-from dmdr_jax.training.reporting import report
+from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
 
@@ -33,10 +33,17 @@ SHOWN = ("dm/score_gap", "fake/loss", "reward/loss")
 """The three numbers on the console."""
 
 
-def train(config: Any, workdir: str | Path) -> TrainState:
-    """Runs (or goes on with) the run of ``config`` in ``workdir``; returns the last state."""
-    workdir = Path(workdir)
+def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = runtime.never) -> TrainState:
+    """Runs (or goes on with) the run of ``config`` in ``workdir``; returns the last state.
+
+    Args:
+      workdir: a local folder, or a URL such as gs://bucket/runs/first.
+      stop: asked at every step whether to save and return before the next; see `dmdr_jax.training.runtime`.
+    """
+    workdir = epath.Path(workdir)
     setup.check(config)
+    config = methods.resolve(config)
+    skips = setup.choice("config.on_nonfinite", config.on_nonfinite, ON_NONFINITE) == "skip"
     prompts = load_prompts(config.prompts)
     layout = Layout.make(config.mesh.data, config.mesh.fsdp)
     setup.check_batches(config, layout)
@@ -46,48 +53,61 @@ def train(config: Any, workdir: str | Path) -> TrainState:
     plan = setup.make_plan(config, pipeline, rewards)
     meta = run_metadata(config, pipeline, plan)
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
     frozen = freeze(config, pipeline, plan, rewards, layout)
-    preview = Preview.make(config, pipeline, plan, prompts, workdir)
-    generator = None  # the teacher's weights
+    preview = Preview.make(config, pipeline, plan, prompts, workdir, layout)
+    generator = None
     if config.ode.steps and checkpoints.latest() is None:
         text = make_encoder(config, pipeline, plan, (), layout)
         generator = ode.pretrain(config, pipeline, plan, frozen, prompts, text, layout, preview, meta, workdir)
     make = partial(setup.make_state, config, pipeline.family, plan)
     state = setup.latest_or_new(make, (frozen.base, generator), checkpoints, meta, layout)
+    del generator  # the state has its own copy
     start = int(state.step)
     write_config(workdir, config, meta)
 
     stream = PromptStream(prompts, config.batch, config.seed)
+    skipped = Skipped() if skips else None
     encode_batch = make_encoder(config, pipeline, plan, rewards, layout)
     updates = Updates(plan, terms)
     with (
         checkpoints,  # also when an error ends the run, a save under way is finished
-        MetricWriter(workdir, resume_step=start) as writer,
+        MetricWriter(workdir, resume_step=start, primary=runtime.is_first()) as writer,
         Progress(config.steps, start, SHOWN) as progress,
     ):
         progress.note(f"{layout}; {describe(pipeline, plan, state)}; from step {start} of {config.steps}")
         preview.teacher(writer, start)
-        pending, seen, step, inner = None, [], start, int(state.inner)
-        while step < config.steps:
+        tell = partial(report, writer=writer, progress=progress, checkpoints=checkpoints, skipped=skipped)
+        pending, seen, step, inner, stopped = None, [], start, int(state.inner), False
+        while step < config.steps and not (stopped := stop(step)):
             batch = encode_batch(stream.batch(inner))
             state, metrics = updates.fake(step, state, frozen, batch)
             seen.append(metrics)
             inner += 1
-            if not generator_turn(inner - 1, config.fake.updates):
+            if not generator_turn(inner - 1, updates.before_generator(step, config.fake.updates)):
                 continue
             state, metrics = updates.generator(step, state, frozen, batch)
             step += 1
-            pending = report(pending, writer, progress, checkpoints, then=(step, [*seen, metrics]))
+            pending = tell(pending, then=(step, [*seen, metrics]))
             seen = []
             if step % config.checkpoint.every == 0 or step == config.steps:
-                pending = report(pending, writer, progress, checkpoints)
-                checkpoints.save(step, state, meta)
+                pending = tell(pending)
+                save(step, state, meta, writer, checkpoints)
             if step % config.preview.every == 0 or step == config.steps:
                 preview.student(writer, step, state.ema, frozen)
-        report(pending, writer, progress, checkpoints)
+        tell(pending)
+        if stopped:
+            if step > start:
+                save(step, state, meta, writer, checkpoints)
+            progress.note(f"stopped by SIGTERM after step {step}; the same command goes on from there")
     return state
+
+
+def save(step: int, state: TrainState, meta: dict[str, Any], writer: MetricWriter, checkpoints: Checkpoints) -> None:
+    """Begins to save; the curves that lead to ``step``, which a resumed run does not draw again, come first."""
+    writer.flush()
+    checkpoints.save(step, state, meta)
 
 
 def generator_turn(n: int, fake_updates: int) -> bool:
@@ -107,10 +127,14 @@ class Updates:
         self._generator: dict[tuple[Term, ...], Callable] = {}
 
     def fake(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update of the fake score; where no active term reads the scores, only the counter moves."""
-        if not any(DM_DRAW in term.needs for term in active_terms(self._terms, step)):
+        """One update of the fake score; where no active term wants one, only the counter moves."""
+        if not separate_fake_updates(active_terms(self._terms, step), 1):
             return state._replace(inner=state.inner + 1), {}
         return self._fake(state, frozen, batch)
+
+    def before_generator(self, step: int, fake_updates: int) -> int:
+        """Inner iterations per generator update: one where they would make no fake update of their own."""
+        return separate_fake_updates(active_terms(self._terms, step), fake_updates) or 1
 
     def generator(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         active = active_terms(self._terms, step)
@@ -119,7 +143,7 @@ class Updates:
         return self._generator[active](state, frozen, batch)
 
 
-def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[ClipReward], layout: Layout) -> Frozen:
+def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout) -> Frozen:
     """The frozen networks on their devices, and the unconditional prompt."""
     zeros = setup.zero_uncond(config, pipeline)
     encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, size=plan.image_size, zeros=zeros))
@@ -137,7 +161,7 @@ def text_params(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def make_encoder(
-    config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[ClipReward], layout: Layout
+    config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout
 ) -> Callable[[Sequence[str]], Batch]:
     """Prompts to a `Batch` on the devices; nothing waits for the result."""
     params = text_params(pipeline)
@@ -171,7 +195,13 @@ def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
     return {"model": model, "teacher": config.model, "student": recipe, "config": _plain(config)}
 
 
-def write_config(workdir: Path, config: Any, meta: dict[str, Any]) -> None:
+def make_folder(workdir: epath.Path) -> None:
+    """UserError where the workdir cannot be a folder, or is not the same one for all processes."""
+    disk.make_folder(workdir)
+    runtime.check_shared(workdir)
+
+
+def write_config(workdir: epath.Path, config: Any, meta: dict[str, Any]) -> None:
     """``config.json``: the whole configuration, and the versions it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     document = {
@@ -179,8 +209,10 @@ def write_config(workdir: Path, config: Any, meta: dict[str, Any]) -> None:
         "config": meta["config"],
         "versions": {"dmdr_jax": __version__, **versions(packages)},
         "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
     }
-    (workdir / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    if runtime.is_first():
+        disk.write_file(workdir / "config.json", json.dumps(document, indent=2).encode())
 
 
 def describe(pipeline: Pipeline, plan: Plan, state: TrainState) -> str:

@@ -1,18 +1,21 @@
-"""Curves and pictures of a run: metrics.jsonl, TensorBoard, and a line on the console."""
+"""Curves and pictures of a run: metrics.jsonl, TensorBoard, and a line on the console.
+
+On a disk every line is there as soon as it is written. An object store has no files that grow: there metrics.jsonl is
+written anew, and TensorBoard gets another file, at every `MetricWriter.flush`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from dmdr_jax.errors import UserError
@@ -23,30 +26,31 @@ EVENTS_FOLDER = "tensorboard"
 
 
 class MetricWriter:
-    """Writes a run's metrics under its workdir; in a multi-host run every process but the first writes nothing.
+    """Writes a run's metrics under its workdir; of several processes every one but the first writes nothing.
 
     Args:
-      workdir: gets metrics.jsonl, one JSON object per line with "step" and the scalars (null where one is not finite),
-        and tensorboard/.
+      workdir: a local folder or a gs:// one; gets metrics.jsonl, one JSON object per line with "step" and the scalars
+        (null where one is not finite), and tensorboard/.
       resume_step: the step that was restored; lines of later steps, which will be written anew, are dropped. None
         starts both files afresh.
-      primary: whether this process writes.
+      primary: whether this process writes; None: where it is the first.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None, primary: bool = True):
-        self._primary = primary
-        if not primary:
-            return
-        # clu is imported here, so that reading metrics back costs nothing.
+    def __init__(self, workdir: epath.PathLike, resume_step: int | None = None, primary: bool | None = None):
+        # Imported here, so that reading metrics back costs nothing.
+        from dmdr_jax.training import runtime
         from dmdr_jax.training.events import EventWriter, metric_writers
 
-        self._workdir = workdir = pathlib.Path(workdir)
+        self._primary = runtime.is_first() if primary is None else primary
+        if not self._primary:
+            return
+        self._workdir = workdir = epath.Path(workdir)
         first = 0 if resume_step is None else resume_step + 1
         with self._writing():
-            workdir.mkdir(parents=True, exist_ok=True)
-            _drop_lines(workdir / METRICS_FILE, first)
-            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+            disk.make_folder(workdir)
+            self._lines = Lines(workdir / METRICS_FILE, first)
             self._events = metric_writers.AsyncMultiWriter([EventWriter(workdir / EVENTS_FOLDER, first)])
+        self._closed = False
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers (or arrays of one element) of one step. Raises UserError when the disk is full."""
@@ -55,8 +59,7 @@ class MetricWriter:
         numbers = {name: float(np.asarray(value).item()) for name, value in values.items()}
         line = json.dumps({"step": int(step), **{k: v if math.isfinite(v) else None for k, v in numbers.items()}})
         with self._writing():
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._lines.append(line)
             self._events.write_scalars(int(step), numbers)
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
@@ -77,16 +80,18 @@ class MetricWriter:
                 self._events.write_texts(int(step), dict(values))
 
     def flush(self) -> None:
-        """Return when everything is handed to the file system."""
+        """Return when everything is handed to the file system or object store."""
         if self._primary:
             with self._writing():
+                self._lines.flush()
                 self._events.flush()
 
     def close(self) -> None:
         """Flush and close both files; a second call does nothing."""
-        if self._primary and not self._file.closed:
+        if self._primary and not self._closed:
+            self._closed = True
             with self._writing():
-                self._file.close()
+                self._lines.close()
                 self._events.close()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
@@ -99,17 +104,55 @@ class MetricWriter:
         self.close()
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+class Lines:
+    """A file of lines that grows.
+
+    Args:
+      path: of metrics.jsonl; made if absent.
+      first: lines of this step and later ones are dropped.
+    """
+
+    def __init__(self, path: epath.Path, first: int):
+        self._path, self._remote = path, disk.is_remote(path)
+        kept = [json.dumps(row) for row in _whole_lines(path) if row["step"] < first] if path.exists() else []
+        self._kept = kept  # only an object store needs them again
+        disk.write_file(path, _text(kept))
+        self._file = None if self._remote else path.open("a")
+
+    def append(self, line: str) -> None:
+        """One more line, on the disk when this returns."""
+        if self._file is None:
+            self._kept.append(line)
+        else:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        """To an object store, the whole file anew."""
+        if self._remote:
+            disk.write_file(self._path, _text(self._kept))
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _text(lines: Sequence[str]) -> bytes:
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; one cut short by a kill is left out."""
-    path = pathlib.Path(workdir) / METRICS_FILE
-    if not path.is_file():
+    path = epath.Path(workdir) / METRICS_FILE
+    if not path.exists():
         raise UserError(f"{path} does not exist; give the workdir of a run")
     return _whole_lines(path)
 
 
-def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -117,16 +160,6 @@ def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "step" in row:
             rows.append(row)
     return rows
-
-
-def _drop_lines(path: pathlib.Path, first: int) -> None:
-    """Keep the lines of steps before `first`; a kill leaves the old file or the new one."""
-    if not path.exists():
-        return
-    kept = [json.dumps(row) + "\n" for row in _whole_lines(path) if row["step"] < first]
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
 
 
 class Progress:

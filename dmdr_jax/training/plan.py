@@ -28,8 +28,6 @@ Keys = Callable[[str], Array]
 """The key of a purpose."""
 
 FAKE_DATA = ("student_x0", "simulated")
-DRAW_MODES = ("sample", "renoise_group", "prompt_group")
-TARGET_MODES = ("both", "renoise", "fake")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +40,8 @@ class MethodPlan:
       policy_kernel: of the stored rollouts; None: the student's own.
       policy_steps: how many stochastic steps of a rollout get a policy gradient, drawn anew each time; 0: all.
       shared_noise: the other steps share their noise within a group (SubGRPO).
+      density: "gaussian", or "rtdmd" for log-probabilities without 1 / (2 std^2).
+      kl_form: "gaussian", or "flow_grpo" for a KL over s^2 in place of s^2 |dt|.
       updates: generator updates per rollout, where a term can reuse one.
       fake_updates: fake updates on the rollout, where the generator's program makes them.
       draws: renoised points per sample: of a draw, and of the distribution matching reward.
@@ -50,7 +50,7 @@ class MethodPlan:
       targets: GDMD's group of implicit targets: over renoise draws, over versions of the fake score, or both.
       spread_decay: of the running spread of reward gains; 0: the batch's own.
       ranking: what makes winner and loser of a group.
-      denoising_pairs: pairs are compared by denoising errors, else by transitions.
+      keeps: what the state holds beside: "reference", "spread", "gan".
       reference_start, reference_refresh: step at which the reference is the student, and then every so many; 0: never.
       split: Decoupled DMD's renoise times; None: coupled.
       boundary: matching of realised latents (AC-DMD); None: of x0.
@@ -63,6 +63,8 @@ class MethodPlan:
     policy_kernel: Kernel | None = None
     policy_steps: int = 0
     shared_noise: bool = False
+    density: str = "gaussian"
+    kl_form: str = "gaussian"
     updates: int = 1
     fake_updates: int = 1
     draws: int = 1
@@ -71,6 +73,7 @@ class MethodPlan:
     targets: str = "both"
     spread_decay: float = 0.99
     ranking: Advantages | None = None
+    keeps: frozenset[str] = frozenset()
     reference_start: int = 0
     reference_refresh: int = 0
     split: SplitTimes | None = None

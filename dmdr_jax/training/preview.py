@@ -1,16 +1,18 @@
 """Sample grids at fixed prompts and noise: the student as it learns, beside the teacher."""
 
 import dataclasses
-from pathlib import Path
+import io
 from typing import Any
 
-import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.generate import Recipe, draw_images, initial_noise, teacher_recipe
+from dmdr_jax.training import disk, runtime
+from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter
 from dmdr_jax.training.step import Frozen, Plan, generator_weights
 
@@ -18,32 +20,35 @@ Tree = Any
 
 FOLDER = "samples"
 BORDER = 2  # pixels between images
+BATCH = 16  # images drawn at a time, at least
 
 
 @dataclasses.dataclass
 class Preview:
-    """Draws and writes the grids; the teacher's is drawn once and kept on disk."""
+    """Draws and writes the grids; the teacher's is drawn once and kept. All processes draw, the first writes."""
 
     pipeline: Pipeline
     plan: Plan
     prompts: list[str]
     noise: np.ndarray
     teacher_recipe: Recipe
-    folder: Path
+    folder: epath.Path
+    layout: Layout
 
     @classmethod
-    def make(cls, config: Any, pipeline: Pipeline, plan: Plan, prompts: list[str], workdir: Path) -> "Preview":
+    def make(
+        cls, config: Any, pipeline: Pipeline, plan: Plan, prompts: list[str], workdir: epath.Path, layout: Layout
+    ) -> "Preview":
         count = config.preview.images
         spread = [prompts[i * len(prompts) // count % len(prompts)] for i in range(count)]
         height, width = (side * pipeline.modules["vae"].config.downsampling for side in plan.latent_shape[:2])
         recipe = teacher_recipe(pipeline, config.preview.teacher_steps, config.guidance.scale, (height, width))
         noise = initial_noise(pipeline, height, width, range(count))
-        return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER)
+        return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER, layout)
 
     def teacher(self, writer: MetricWriter, step: int) -> None:
         """The prompts and the teacher's grid, where they are not there yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        self._write_file("prompts.txt", ("\n".join(self.prompts) + "\n").encode())
         if not (self.folder / "teacher.png").exists():
             weights = Weights(self.pipeline.params[self.pipeline.denoiser])
             self._write(writer, step, "teacher", self._draw(weights, self.teacher_recipe))
@@ -55,14 +60,19 @@ class Preview:
         self._write(writer, step, "student", images, file or f"student_{step:06d}")
 
     def _draw(self, weights: Weights, recipe: Recipe) -> np.ndarray:
-        return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, batch=16)
+        batch, sharding = self.layout.drawing(min(len(self.prompts), BATCH))
+        return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, batch=batch, sharding=sharding)
 
     def _write(self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None) -> None:
-        if jax.process_index() == 0:
-            grid = image_grid(images)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid).save(self.folder / f"{file or name}.png")
-            writer.images(step, {f"samples/{name}": grid})
+        grid = image_grid(images)
+        picture = io.BytesIO()
+        Image.fromarray(grid).save(picture, format="png")
+        self._write_file(f"{file or name}.png", picture.getvalue())
+        writer.images(step, {f"samples/{name}": grid})
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        if runtime.is_first():
+            disk.write_file(self.folder / name, content)
 
 
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dmdr_jax import lora
+from dmdr_jax import lora, methods
 from dmdr_jax.diffusers_io.pipeline import Pipeline, load_network, load_pipeline
 from dmdr_jax.diffusion.denoiser import Denoiser
 from dmdr_jax.diffusion.grids import authors_grid, student_grid
@@ -19,11 +20,10 @@ from dmdr_jax.distill.schedules import RenoiseTimes
 from dmdr_jax.distill.simulate import Simulation
 from dmdr_jax.errors import UserError
 from dmdr_jax.objectives.base import Term
-from dmdr_jax.objectives.dm import DistributionMatching
-from dmdr_jax.objectives.refl import ReFL
-from dmdr_jax.rewards.base import RewardSpec
-from dmdr_jax.rewards.clip_reward import ClipReward, load_clip_reward
+from dmdr_jax.rewards.base import Reward, RewardSpec
+from dmdr_jax.rewards.registry import open_spec
 from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.training import compose
 from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
@@ -67,6 +67,7 @@ ODE_COUNTS = ("ode.pairs", "ode.batch", "ode.teacher_steps")
 
 def check(config: Any) -> None:
     """Refuses numbers that mean nothing, before anything is loaded."""
+    config = methods.resolve(config)
     for key in (*COUNTS, *(ODE_COUNTS if config.ode.steps else ())):
         node = config
         for name in key.split("."):
@@ -99,6 +100,7 @@ def check_batches(config: Any, layout: Layout) -> None:
             layout.check_batch(batch)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+    compose.check_groups(config, layout.mesh.size)
 
 
 def load_teacher(config: Any, layout: Layout) -> Pipeline:
@@ -114,11 +116,16 @@ def load_teacher(config: Any, layout: Layout) -> Pipeline:
         sharding=layout.component_shardings,
         variant=config.variant or None,
     )
-    if config.remat != "none":
-        pipeline.modules[pipeline.denoiser] = pipeline.modules[pipeline.denoiser].clone(remat=config.remat)
+    set_remat(config, pipeline)
     if config.reward_decoder:
         add_reward_decoder(config.reward_decoder, pipeline, base)
     return pipeline
+
+
+def set_remat(config: Any, pipeline: Pipeline) -> None:
+    """Has the denoiser recompute in its backward pass what ``config.remat`` says."""
+    if config.remat != "none":
+        pipeline.modules[pipeline.denoiser] = pipeline.modules[pipeline.denoiser].clone(remat=config.remat)
 
 
 def add_reward_decoder(name: str, pipeline: Pipeline, dtype: Any) -> None:
@@ -143,30 +150,30 @@ def reward_decoder(components: Mapping[str, Any]) -> Any:
     return components.get(REWARD_DECODER, components["vae"])
 
 
-def load_rewards(config: Any) -> tuple[ClipReward, ...]:
-    """The rewards of the run, in the order of their names."""
+def reward_specs(config: Any) -> list[RewardSpec]:
+    """The rewards that have a weight, in the order of their names; none where the method reads none."""
+    config = methods.resolve(config)
+    if not methods.uses_rewards(config):
+        return []
     specs = [RewardSpec(name=name, **config.rewards[name].to_dict()) for name in sorted(config.rewards)]
-    specs = [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.weight]
+    return [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.weight]
+
+
+def load_rewards(config: Any) -> tuple[Reward, ...]:
+    """The rewards of the run, in the order of their names."""
+    specs = reward_specs(config)
     dtype = choice("config.base_dtype", config.base_dtype, DTYPES)
-    return tuple(load_clip_reward(spec, dtype, remat=config.remat != "none") for spec in specs)
+    return tuple(open_spec(spec, dtype, remat=config.remat != "none") for spec in specs)
 
 
-def make_terms(config: Any, rewards: tuple[ClipReward, ...]) -> tuple[Term, ...]:
-    """The generator's objective: DMDR's two terms, eq. 2 of the paper."""
-    terms: list[Term] = []
-    if config.dm.weight:
-        terms.append(DistributionMatching(config.dm.weight))
-    if rewards:
-        terms.append(ReFL(tuple(reward.spec for reward in rewards)))
-    if not terms:
-        raise UserError("nothing to train: config.dm.weight is 0 and no reward has a weight.")
-    if not any(term.active(0) for term in terms):
-        raise UserError("no term is active at step 0: give a reward start=0, or config.dm.weight a positive value.")
-    return tuple(terms)
+def make_terms(config: Any, rewards: tuple[Reward, ...]) -> tuple[Term, ...]:
+    """The generator's objective, as the configuration's method has it."""
+    return compose.make_terms(config, rewards)
 
 
-def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) -> Plan:
+def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[Reward, ...]) -> Plan:
     """The static part of the updates."""
+    config = methods.resolve(config)
     student, dynamics = config.student, config.dynamics
     simulation = Simulation(student.simulation, make_grid(student, pipeline.process), student.shared_index)
     simulation.kernel  # noqa: B018  an unknown kernel is an error before anything is compiled
@@ -176,8 +183,9 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) 
     )
     fake_alpha = config.fake.lora.alpha / config.fake.lora.rank
     is_lora = choice("config.generator.kind", config.generator.kind, ("lora", "full")) == "lora"
+    denoiser = Denoiser(pipeline.modules[pipeline.denoiser], pipeline.process)
     return Plan(
-        denoiser=Denoiser(pipeline.modules[pipeline.denoiser], pipeline.process),
+        denoiser=denoiser,
         vae=reward_decoder(pipeline.modules),
         rewards=rewards,
         simulation=simulation,
@@ -194,6 +202,7 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[ClipReward, ...]) 
         fake_tx=make_optimiser(config.optim, config.optim.fake),
         ema_decay=config.ema,
         normaliser_floor=config.dm.normaliser_floor,
+        method=compose.make_method_plan(config, denoiser, simulation, rewards, partial(make_optimiser, config.optim)),
     )
 
 
@@ -265,7 +274,8 @@ def make_state(config: Any, family: str, plan: Plan, base: Tree, generator: Tree
         generator = make_generator(config, family, plan, base)
     _, key_fake = jax.random.split(jax.random.key(config.seed))
     fake = lora.init(key_fake, base, lora_config(config.fake.lora, family))
-    return new_state(config.seed, generator, fake, plan.generator_tx, plan.fake_tx)
+    extra = compose.extra_state(plan, key_fake, generator)
+    return new_state(config.seed, generator, fake, plan.generator_tx, plan.fake_tx, extra)
 
 
 def latest_or_new(

@@ -1,9 +1,10 @@
 """The device mesh, and which array lies where on it.
 
-Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split), `tensor` (spare, 1 today). A batch
-is split over data and fsdp together. A parameter's largest axis that divides is split over fsdp; what is small or does
-not divide is kept whole on every device. Optimiser moments and EMA have their parameter's shape and path, so the same
-rule puts them where their parameter is.
+Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split), `tensor` (spare, 1 today). Several
+TPU slices, which have a slow network between them, are parts of `data` alone. A batch is split over data and fsdp
+together. A parameter's largest axis that divides is split over fsdp; what is small or does not divide is kept whole on
+every device. Optimiser moments and EMA have their parameter's shape and path, so the same rule puts them where their
+parameter is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmdr_jax.errors import UserError
@@ -32,7 +34,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     """The mesh with axes AXES of the given sizes; one of them may be -1, which means all devices that are left.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or a slice does not hold whole parts of `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -43,7 +45,35 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
         raise UserError(f"a mesh of {text} does not fit {len(devices)} device(s); their product must be that number")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    if count_slices(devices) > 1:
+        return Mesh(slice_grid(sizes, devices), AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """TPU slices among devices; other devices are of one."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def slice_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices as an array of the given sizes, neighbours along `fsdp` and `tensor` in one slice.
+
+    The slices are the outermost part of `data`, so that only what is reduced over `data` crosses between them.
+
+    Raises:
+      UserError: `data` is not a multiple of the number of slices.
+    """
+    slices = count_slices(devices)
+    if sizes[0] % slices:
+        inside = math.prod(sizes[1:])
+        raise UserError(
+            f"data {sizes[0]} does not divide over {slices} slices, and nothing else may cross between them: with "
+            f"{len(devices)} devices, fsdp times tensor, {inside}, must divide the {len(devices) // slices} of a slice"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -24,6 +24,8 @@ class TrainState(NamedTuple):
       fake: the guidance LoRA, fp32.
       generator_opt, fake_opt: optimiser states.
       ema: exponential moving average of ``generator``.
+      extra: what only some methods keep, by name: "reference" (a student of before), "spread" (running statistics of
+        rewards), "gan" (a discriminator's head and its optimiser state).
     """
 
     step: Array
@@ -34,6 +36,7 @@ class TrainState(NamedTuple):
     generator_opt: Tree
     fake_opt: Tree
     ema: Tree
+    extra: Tree
 
 
 def new_state(
@@ -42,6 +45,7 @@ def new_state(
     fake: Tree,
     generator_tx: optax.GradientTransformation,
     fake_tx: optax.GradientTransformation,
+    extra: Tree | None = None,
 ) -> TrainState:
     """The state before the first update."""
     return TrainState(
@@ -53,6 +57,7 @@ def new_state(
         generator_opt=generator_tx.init(generator),
         fake_opt=fake_tx.init(fake),
         ema=jax.tree.map(jnp.copy, generator),
+        extra=extra or {},
     )
 
 

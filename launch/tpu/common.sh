@@ -158,14 +158,14 @@ workdir_is_remote() { case "$WORKDIR" in gs://*) return 0 ;; *) return 1 ;; esac
 
 # quote WORD...: one line that a shell reads back as these words.
 quote() {
-  local word line="" quoted
+  local word line="" quoted mark="'"
   for word in "$@"; do
     case "$word" in
       '' | *[!A-Za-z0-9_@%+=:,./-]*)
         quoted="'"
-        while [ "$word" != "${word#*\'}" ]; do
-          quoted="$quoted${word%%\'*}'\\''"
-          word="${word#*\'}"
+        while [ "$word" != "${word#*"$mark"}" ]; do
+          quoted="$quoted${word%%"$mark"*}'\\''"
+          word="${word#*"$mark"}"
         done
         word="$quoted$word'"
         ;;

@@ -12,7 +12,6 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from diffusers import StableDiffusionXLPipeline  # noqa: E402
 from diffusers.loaders.lora_conversion_utils import (  # noqa: E402
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
@@ -24,7 +23,7 @@ from dmdr_jax import lora  # noqa: E402
 from dmdr_jax.diffusers_io import components, keymap, lora_file, lora_names  # noqa: E402
 from dmdr_jax.errors import UserError  # noqa: E402
 from tests import tiny_pipelines  # noqa: E402
-from tests.diffusers_io import published  # noqa: E402
+from tests.diffusers_io import checkpoint_manifests as published  # noqa: E402
 
 JOINT = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 CLASSES = {"transformer": "SD3Transformer2DModel", "unet": "UNet2DConditionModel"}
@@ -195,17 +194,27 @@ def test_diffusers_former_names(sdxl_factors, tmp_path):
 
 @pytest.mark.parametrize("names", ["diffusers", "stability"])
 def test_kohyas_names_and_alphas(sdxl_factors, tmp_path, names):
-    tensors, modules = {}, [e.key.removesuffix(".weight") for e in keymap.entries(network("sdxl")[2])]
+    abstract = network("sdxl")[2]
+    modules = [e.key.removesuffix(".weight") for e in keymap.entries(abstract)]
+    tensors, alphas = {}, {}
     for i, (module, (a, b)) in enumerate(sdxl_factors.items()):
         spelled = module if names == "diffusers" else lora_names.stability_name(module, modules)
         flat = f"lora_unet_{spelled.replace('.', '_')}"
+        alphas[module] = 1 + i % 2
         tensors |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b}
-        tensors[f"{flat}.alpha"] = torch.tensor(float(1 + i % 2))
+        tensors[f"{flat}.alpha"] = torch.tensor(6.0)
     save_file(contiguous(tensors), tmp_path / "x.safetensors")
-    assert_same_change(tmp_path / "x.safetensors", "sdxl", load_in_diffusers(tensors), 1.0)
-    same = {key: torch.tensor(6.0) if key.endswith("alpha") else x for key, x in tensors.items()}
-    save_file(contiguous(same), tmp_path / "y.safetensors")
-    assert_same_change(tmp_path / "y.safetensors", "sdxl", load_in_diffusers(same), 2.0)
+    assert_same_change(tmp_path / "x.safetensors", "sdxl", load_in_diffusers(tensors), 2.0)
+
+    # Alphas that differ: diffusers 0.42 forgets those of attention layers, so the formula is the measure.
+    mixed = dict(zip((key for key in tensors if key.endswith(".alpha")), alphas.values(), strict=True))
+    save_file(contiguous(tensors | {k: torch.tensor(float(v)) for k, v in mixed.items()}), tmp_path / "y.safetensors")
+    delta, scale = lora_file.read_lora(tmp_path / "y.safetensors", abstract, "unet")
+    assert scale == 1.0
+    for module, change in changes(delta, scale).items():
+        a, b = (x.numpy() for x in sdxl_factors[module])
+        wanted = alphas[module] / 3 * np.einsum("or,r...->o...", b.reshape(b.shape[:2]), a)
+        np.testing.assert_allclose(change, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_factors_of_dense_layers_as_convolutions(sdxl_factors, tmp_path):
@@ -222,7 +231,8 @@ def test_stabilitys_names_of_all_of_sdxl():
     modules = [k.removesuffix(".weight") for k, shape in manifest.shapes.items() if len(shape) > 1]
     flat = {m: f"lora_unet_{lora_names.stability_name(m, modules).replace('.', '_')}" for m in modules}
     assert len(set(flat.values())) == len(modules) == 794
-    tensors = {f"{name}.lora_{x}.weight": torch.tensor(float(i)) for i, name in enumerate(flat.values()) for x in ("down", "up")}
+    names = [(i, f"{name}.lora_{x}.weight") for i, name in enumerate(flat.values()) for x in ("down", "up")]
+    tensors = {name: torch.tensor(float(i)) for i, name in names}
 
     class Config:
         layers_per_block = 2
@@ -295,26 +305,27 @@ def test_places_without_one_file(tmp_path):
 
 def test_training_starts_from_a_file_and_all_of_it_can_learn(tmp_path):
     """The read change is kept exactly; free directions and absent blocks get the initialisation of a new delta."""
-    pipe, component, abstract = network("sdxl")
-    only = r".*mid_block.*\.transformer_blocks\.0\.attn1\.to_q|.*\.resnets\.0\.conv1"
+    _, component, abstract = network("sdxl")
+    only = r".*mid_block.*\.transformer_blocks\.0\.attn1\.to_q|mid_block\.resnets\.0\.conv1"
+    targets = (r"mid_block\..*\.attn1\.to_[qk]", r"mid_block\.resnets\.\d\.conv1")
     save_file(
         contiguous(factors(adapted("sdxl", peft.LoraConfig(r=2, lora_alpha=5, target_modules=only)))),
         tmp_path / "x.safetensors",
     )
     read, scale = lora_file.read_lora(tmp_path / "x.safetensors", abstract, component, alpha=5.0)
-    initial = lora.init(jax.random.key(1), abstract, lora.LoraConfig(4, 2.0, lora.SDXL_TARGETS))
+    initial = lora.init(jax.random.key(1), abstract, lora.LoraConfig(4, 2.0, targets))
     delta = lora_file.start_from(initial, read, scale / 0.5)
     assert jax.tree.map(jnp.shape, delta) == jax.tree.map(jnp.shape, initial)
     wanted, got = changes(read, scale), changes(delta, 0.5)
-    assert len(wanted) > 4
+    assert set(wanted) < set(got)
     for module, change in got.items():
         np.testing.assert_allclose(change, wanted.get(module, 0), rtol=1e-5, atol=1e-5)
     for _, pair in lora_file.delta_leaves(delta):
         assert np.asarray((pair["a"] != 0).any(-2)).all()
 
-    with pytest.raises(UserError, match="rank 2, more than config.generator.lora.rank = 1"):
-        small = lora.init(jax.random.key(1), abstract, lora.LoraConfig(1, 2.0, lora.SDXL_TARGETS))
+    with pytest.raises(UserError, match=r"rank 2, more than config.generator.lora.rank = 1"):
+        small = lora.init(jax.random.key(1), abstract, lora.LoraConfig(1, 2.0, targets))
         lora_file.start_from(small, read, 1.0)
     with pytest.raises(UserError, match=r"changes .*conv1, which config.generator.lora.targets leaves out"):
-        attention = lora.init(jax.random.key(1), abstract, lora.LoraConfig(4, 2.0, lora.SDXL_ATTENTION_TARGETS))
+        attention = lora.init(jax.random.key(1), abstract, lora.LoraConfig(4, 2.0, targets[:1]))
         lora_file.start_from(attention, read, 1.0)

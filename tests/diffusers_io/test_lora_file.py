@@ -175,7 +175,7 @@ def test_keys_and_layout_are_pefts(tmp_path, network):
         ({"unet.proj_out.lora_A.weight": np.zeros((2, 2), np.float32)}, "is of the unet of another model"),
         (pair("proj_out", 2) | {"proj_out.lora_A.weight": np.zeros((2, 16), np.float32)}, "are the same factor"),
         ({"transformer.proj_out.lora_B.bias": np.zeros(16, np.float32)}, "is a trained bias"),
-        ({"transformer.proj_out.lora_A.weight": np.zeros((2, 16), np.int8)}, "is stored as I8"),
+        (pair("proj_out", 2) | {"transformer.proj_out.lora_A.weight": np.zeros((2, 16), np.int8)}, "is stored as I8"),
         ({}, "holds no tensors"),
     ],
 )

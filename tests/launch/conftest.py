@@ -54,7 +54,9 @@ class Desk:
             "CLOUD_PORT": str(self.port),
         }
         command = ["bash", f"launch/tpu/{script}", f"--variables={file}", *arguments]
-        return subprocess.run(command, cwd=self.repository, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=self.repository, env=environment, capture_output=True, text=True, timeout=120
+        )
 
     def good(self, script: str, *arguments: str) -> str:
         """Output of a script that must succeed."""
@@ -62,10 +64,16 @@ class Desk:
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    def up(self) -> None:
-        """Makes the TPU, with code and environment."""
-        for script in ("create.sh", "copy.sh", "install.sh"):
-            self.good(script)
+    def up(self, slices: int = 1) -> None:
+        """The TPU is there, as create.sh, copy.sh and install.sh leave it."""
+        self.variables["TPU_SLICES"] = str(slices)
+        for node in self.google.up("pod", slices):
+            for worker in range(self.google.workers):
+                code = self.home(node, worker) / "dmdr/code"
+                shutil.copytree(self.repository / "launch", code / "launch")
+                (code.parent / "runs").mkdir()
+                (code / "runs").symlink_to("../runs")
+                self.google.answer("uv", ["venv", str(code.parent / "venv")])
 
     def calls(self, *words: str, program: str = "gcloud") -> list[list[str]]:
         """The calls so far that have these words."""

@@ -1,4 +1,4 @@
-"""As much of Google Cloud as the scripts in launch/tpu meet, in memory: what `gcloud` says, and what a worker's disk has.
+"""As much of Google Cloud as the scripts in launch/tpu meet: what `gcloud` says, and what the workers' disks have.
 
 The programs in programs/ stand in for the real ones: each asks the test's process, over a local socket, what to do. A
 worker is a folder; `ssh` runs its line there with bash, so what runs on the workers runs for real.
@@ -31,11 +31,12 @@ COMMANDS = {
     "compute tpus tpu-vm delete": "async",
     "compute tpus tpu-vm ssh": "worker internal-ip command",
     "compute tpus tpu-vm scp": "worker internal-ip recurse",
-    "compute tpus tpu-vm start": "",
     "alpha compute tpus tpu-vm ssh": f"worker internal-ip command {_ALPHA}",
     "alpha compute tpus tpu-vm scp": f"worker internal-ip recurse {_ALPHA}",
     "compute tpus tpu-vm service-identity create": "",
-    "compute tpus accelerator-types list": "",
+    "compute tpus tpu-vm accelerator-types list": "",
+    "compute tpus tpu-vm versions list": "",
+    "compute tpus queued-resources list": "",
     "services enable": "",
     "projects describe": "",
     "storage buckets describe": "",
@@ -109,6 +110,13 @@ class GoogleCloud:
     def set_state(self, group: str, name: str, *states: str) -> None:
         """From now on a queued resource (group `queued-resources`) or node (`tpu-vm`) is so."""
         self._resources[group, name] = list(states)
+
+    def up(self, name: str, slices: int) -> list[str]:
+        """Makes an active queued resource; returns its nodes."""
+        self._resources["queued-resources", name] = ["ACTIVE"]
+        self._nodes_of[name] = [name] if slices == 1 else [f"{name}-{index}" for index in range(slices)]
+        self._make_nodes(name)
+        return self._nodes_of[name]
 
     def answer(self, program: str, words: list[str]) -> Answer:
         """What a program does."""
@@ -238,7 +246,9 @@ class GoogleCloud:
             past = [run for run in self.trained if run[0] == words[0]]
             act = self.runs[min(len(past), len(self.runs) - 1)]
             self.trained.append(words)
-            self._preempt = self._preempt or act == "preempt"
+            # When all workers of all nodes are at it.
+            nodes = sum(group == "tpu-vm" for group, _ in self._resources)
+            self._preempt |= act == "preempt" and len(self.trained) == self.workers * nodes
         if act not in ("wait", "preempt"):
             return 0 if act == "finish" else int(act), "out", ""
         while not self.released.wait(0.02):

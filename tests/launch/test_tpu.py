@@ -14,7 +14,7 @@ AWKWARD = [
 ]
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     """Waits for what happens on a worker."""
     end = time.monotonic() + seconds
     while not condition():
@@ -57,9 +57,10 @@ def test_create_on_demand(desk):
 
 def test_create_goes_on_waiting_for_a_request_that_is_there(desk):
     desk.google.states = [["WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "ACTIVE"]]
-    desk.google.answer("gcloud", "compute tpus queued-resources create pod --node-id=pod --project=p --zone=z".split())
+    create = ["compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", "--project=p", "--zone=z"]
+    desk.google.answer("gcloud", create)
     assert "pod is on its way" in desk.good("create.sh")
-    assert len(desk.calls("create")) == 1
+    assert desk.calls("create") == [create]
 
 
 def test_create_makes_nothing_on_a_guess(desk):
@@ -98,8 +99,7 @@ def test_create_ends_when_the_tpu_never_shows(desk):
 
 
 def test_a_preempted_node_shows_before_the_queued_resource_does(desk):
-    desk.variables.update(TPU_SLICES="2")
-    desk.good("create.sh")
+    desk.up(slices=2)
     desk.google.set_state("tpu-vm", "pod-1", "PREEMPTED")
     assert "TPU pod: GONE" in desk.good("status.sh")
 
@@ -142,7 +142,8 @@ def test_copy_brings_every_worker_up_to_date(desk, git):
     (desk.repository / "module.pyc").write_text("") if git else None
     desk.variables["TPU_SLICES"] = "2"
     desk.google.workers = 2
-    desk.up()
+    desk.good("create.sh")
+    desk.good("copy.sh")
     homes = [desk.home(f"pod-{node}", worker) for node in range(2) for worker in range(2)]
     for home in homes:
         assert (home / "dmdr/code/a file's name.txt").read_text() == "text\n"
@@ -165,7 +166,8 @@ def test_install_once_for_the_same_requirements(desk):
     (desk.google.disk / "bucket/my-bucket/model/unet/config.json").write_text("{}")
     (desk.google.disk / "bucket/my-bucket/prompts.txt").write_text("a circle\n")
     desk.variables["RUN_DATA"] = ["gs://my-bucket/model/", "gs://my-bucket/prompts.txt"]
-    desk.up()
+    for script in ("create.sh", "copy.sh", "install.sh"):
+        desk.good(script)
     installs = desk.calls("pip", program="uv")
     assert len(installs) == 1
     assert [word for word in installs[0] if word.endswith("requirements.txt")] == [
@@ -188,9 +190,8 @@ def test_install_once_for_the_same_requirements(desk):
 
 def test_run_hands_the_arguments_on_as_they_are(desk):
     desk.variables["RUN_ARGUMENTS"] = AWKWARD
-    desk.variables["TPU_SLICES"] = "2"
     desk.google.runs, desk.google.workers = ["wait"], 2
-    desk.up()
+    desk.up(slices=2)
     desk.good("run.sh")
     until(lambda: len(desk.starts()) == 4)
     assert desk.starts() == [["-m", "dmdr_jax.train", *AWKWARD]] * 4
@@ -259,24 +260,24 @@ def test_the_environment_file_reaches_the_run_and_no_command_line(desk):
     secrets.write_text("# for the hub\nTOKEN=hf_'$a b\n")
     desk.variables["RUN_ENV_FILE"] = str(secrets)
     desk.up()
+    desk.good("copy.sh")
     desk.good("run.sh")
     until(lambda: len(desk.starts()) == 1)
     assert {token for _, _, token, *_ in desk.google.trained} == {"hf_'$a b"}
-    assert "hf_" not in str(desk.google.calls)
+    assert "hf_" not in str(desk.google.calls["gcloud"])
     assert (desk.home() / "dmdr-run.env").stat().st_mode & 0o777 == 0o600
 
 
 def test_run_wants_a_tpu_and_an_environment(desk):
     assert "the TPU pod is ABSENT, not READY" in desk.run("run.sh").stderr
-    desk.good("create.sh")
-    desk.good("copy.sh")
+    desk.up()
+    (desk.home() / "dmdr/venv/bin/python").unlink()
     result = desk.run("run.sh")
     assert result.returncode == 1 and "run install.sh first" in result.stderr
 
 
 def test_one_slice_out_of_reach_fails_the_start(desk):
-    desk.variables["TPU_SLICES"] = "2"
-    desk.up()
+    desk.up(slices=2)
     desk.google.failing = {"ssh pod-1": "connection refused"}
     assert desk.run("run.sh").returncode == 1
     assert desk.run("status.sh").returncode == 1
@@ -285,6 +286,7 @@ def test_one_slice_out_of_reach_fails_the_start(desk):
 def test_connection_flags_go_to_the_track_that_has_them(desk):
     desk.variables["TPU_SSH_FLAGS"] = ["--tunnel-through-iap"]
     desk.up()
+    desk.good("copy.sh")
     assert desk.calls("ssh") and all(c[0] == "alpha" for c in desk.calls("ssh") + desk.calls("scp"))
 
 
@@ -292,8 +294,7 @@ def test_connection_flags_go_to_the_track_that_has_them(desk):
 
 
 def test_logs(desk):
-    desk.variables["TPU_SLICES"] = "2"
-    desk.up()
+    desk.up(slices=2)
     assert "nothing has run yet" in desk.run("logs.sh", "--once").stderr
     desk.good("run.sh")
     until(lambda: states(desk) == ["finished 0"] * 2)

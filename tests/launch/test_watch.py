@@ -14,7 +14,7 @@ def in_background(desk, *arguments):
     thread.start()
 
     def result():
-        thread.join(30)
+        thread.join(120)
         return results[0]
 
     return result
@@ -40,8 +40,8 @@ def test_preemption_makes_the_tpu_anew_and_runs_the_same_command(desk):
 
 def test_it_can_be_started_again_and_leaves_a_run_alone(desk):
     desk.google.runs = ["wait"]
-    for script in ("create.sh", "copy.sh", "install.sh", "run.sh"):
-        desk.good(script)
+    desk.up()
+    desk.good("run.sh")
     until(lambda: len(desk.starts()) == 1)
     result = in_background(desk)
     before = len(desk.calls())
@@ -108,8 +108,7 @@ def test_a_request_that_fails_is_made_again(desk):
 
 def test_another_run_is_left_alone(desk):
     desk.google.runs = ["wait"]
-    for script in ("create.sh", "copy.sh", "install.sh"):
-        desk.good(script)
+    desk.up()
     desk.good("run.sh", "--", "--config=b.py", "--workdir=gs://b/x")
     result = desk.run("watch.sh")
     assert result.returncode == 1 and "another run is under way on pod" in result.stderr

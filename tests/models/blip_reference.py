@@ -1,4 +1,4 @@
-"""ImageReward's network in PyTorch, written from its definition: timm's image tower, BERT with cross-attention, head."""
+"""ImageReward's network in PyTorch, from its definition: timm's image tower, BERT with cross-attention, head."""
 
 import torch
 from torch import nn

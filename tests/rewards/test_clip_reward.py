@@ -1,16 +1,21 @@
 """The CLIP reward against transformers on random weights, and its gradient to the pixels."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.rewards.base import Reward, RewardSpec
 from dmdr_jax.rewards.clip_reward import CLIP_MEAN, CLIP_STD, Preprocessing, load_clip_reward, unit
+from dmdr_jax.rewards.contrast import AUTHORS_NEGATIVE, AUTHORS_POSITIVE, contrast_words
+from dmdr_jax.rewards.feature_cache import FeatureCache
 from dmdr_jax.shapes.tokenizer import make_tokenizers, save_tokenizer
 from tests.torch_weights import randomise
 
@@ -171,3 +176,86 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(UserError, match=r"'mine'.*tokenizer"):
         load_clip_reward(RewardSpec("mine", str(tmp_path)))
+
+
+def test_pickled_and_sharded_folders_are_the_same_reward(clip, tmp_path):
+    """transformers' folders from before safetensors: one `pytorch_model.bin`, or shards with an index."""
+    model, reward = clip
+    images = random_images(3, 16, 16, 3)
+    expected = reward.score_prompts(images, PROMPTS)
+    state = model.state_dict() | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+    whole, sharded = (shutil.copytree(reward.spec.path, tmp_path / name) for name in ("whole", "sharded"))
+    for folder in (whole, sharded):
+        (folder / "model.safetensors").unlink()
+    torch.save(state, whole / "pytorch_model.bin")
+    parts = {"a.bin": dict(list(state.items())[::2]), "b.bin": dict(list(state.items())[1::2])}
+    for name, part in parts.items():
+        torch.save(part, sharded / name)
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for folder in (whole, sharded):
+        found = load_clip_reward(RewardSpec("clip", str(folder)))
+        np.testing.assert_array_equal(found.score_prompts(images, PROMPTS), expected)
+    (sharded / "b.bin").unlink()
+    with pytest.raises(UserError, match=r"b\.bin cannot be read"):
+        load_clip_reward(RewardSpec("clip", str(sharded)))
+
+
+def test_features_of_a_prompt_are_computed_once(clip, monkeypatch):
+    _, reward = clip
+    reward = dataclasses.replace(reward, cache=FeatureCache(capacity=2))
+    expected = np.asarray(reward.text_features(reward.tokenize(PROMPTS)))
+    np.testing.assert_allclose(reward.prompt_features(PROMPTS), expected, atol=1e-6)
+    placed = []
+    place = lambda ids: placed.append(ids.shape) or jnp.asarray(ids)
+    np.testing.assert_array_equal(reward.prompt_features([PROMPTS[2], PROMPTS[1]], place), expected[[2, 1]])
+    assert not placed
+    reward.prompt_features([PROMPTS[0], PROMPTS[1]], place)
+    assert placed == [(2, 16)]
+
+
+def test_contrast_is_the_weighted_difference_of_two_texts(clip):
+    _, plain = clip
+    spec = dataclasses.replace(plain.spec, positive_words=["red"], negative_words=["blue"], contrast=0.25)
+    reward = dataclasses.replace(plain, spec=spec, cache=FeatureCache())
+    ids = reward.tokenize(PROMPTS)
+    assert ids.shape == (3, 2, 16)
+    positive, negative = (plain.prompt_features([f"{word}. {p}" for p in PROMPTS]) for word in ("red", "blue"))
+    expected = 1.25 * positive - negative
+    np.testing.assert_allclose(reward.text_features(ids), expected, atol=1e-5)
+    np.testing.assert_allclose(reward.prompt_features(PROMPTS), expected, atol=1e-5)
+    images = random_images(3, 16, 16, 3)
+    scores = reward.score_prompts(images, PROMPTS)
+    parts = [plain.score_prompts(images, [f"{word}. {p}" for p in PROMPTS]) for word in ("red", "blue")]
+    np.testing.assert_allclose(scores, 1.25 * parts[0] - parts[1], atol=1e-5)
+
+
+def test_words_of_a_contrast_depend_on_the_batch_alone():
+    spec = RewardSpec("hps", positive_words=AUTHORS_POSITIVE, negative_words=AUTHORS_NEGATIVE)
+    batches = [[f"prompt {i}", f"prompt {i + 1}"] for i in range(60)]
+    words = [contrast_words(spec, batch) for batch in batches]
+    assert words == [contrast_words(spec, batch) for batch in batches]
+    assert set(words) == {(p, n) for p in AUTHORS_POSITIVE for n in AUTHORS_NEGATIVE}
+
+
+def test_files_of_any_size_are_scored_as_transformers_scores_them(clip):
+    """PickScore's recipe: transformers' processor on each picture, exp(logit_scale) times the cosine."""
+    from transformers import CLIPImageProcessorPil
+
+    model, reward = clip
+    picked = load_clip_reward(RewardSpec("pickscore", reward.spec.path))
+    rng = np.random.default_rng(5)
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((16, 16), (40, 23), (19, 64))]
+    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    pixels = CLIPImageProcessorPil(**sides)([Image.fromarray(x) for x in images], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(reward.tokenize(PROMPTS)).long(), pixel_values=pixels)
+    found = picked.score_files(images, PROMPTS, batch=2)
+    np.testing.assert_allclose(found, out.logits_per_image.diagonal().numpy(), rtol=1e-5)
+
+
+def test_activation_switch_changes_the_towers(clip):
+    _, reward = clip
+    quick = load_clip_reward(dataclasses.replace(reward.spec, activation="quick_gelu"))
+    assert quick.vision.config.hidden_act == quick.text.config.hidden_act == "quick_gelu"
+    assert reward.vision.config.hidden_act == "gelu"

@@ -1,6 +1,7 @@
 """Whole runs: the loop, exact resume, kill -9 at any time, and what bad runs are told."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from configs import base as base_config
 from dmdr_jax.errors import UserError
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.loop import train
+from dmdr_jax.training.metrics import MetricWriter, read_metrics
+from dmdr_jax.training.reporting import SKIPPED, SKIPPED_AT_MOST, Skipped
 from tests.training import tiny
 from tests.training.conftest import leaves_equal
 
@@ -75,12 +78,45 @@ def test_a_corrupt_latest_checkpoint_ends_the_run(finished, tmp_path):
         train(config, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(teacher, prompts_file, reward_folder, tmp_path):
-    config = tiny.config(teacher, prompts_file, steps=6, checkpoint__every=1, dm__weight=0.0)
+@pytest.fixture
+def endless_reward(teacher, prompts_file, reward_folder):
+    """A run whose reward's loss is infinite."""
+    config = tiny.config(teacher, prompts_file, steps=3, checkpoint__every=1, dm__weight=0.0)
     with config.unlocked():
         config.rewards.clip = base_config.reward(str(reward_folder), weight=float("inf"), margin=1e30)
+    return config
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(endless_reward, tmp_path):
     with pytest.raises(UserError, match=r"reward/.* not finite"):
-        train(config, tmp_path)
+        train(endless_reward, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_where_asked(endless_reward, tmp_path, capsys):
+    endless_reward.on_nonfinite = "skip"
+    state = train(endless_reward, tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [row[SKIPPED] for row in rows] == [1, 2, 3]
+    assert all(row["reward/loss"] is None for row in rows)
+    assert int(state.step) == 3 and not any(np.asarray(leaf).any() for leaf in tree_of_b(state.generator))
+    assert "step 1: reward/" in capsys.readouterr().err
+    endless_reward.on_nonfinite = "ignore"
+    with pytest.raises(UserError, match=r"config\.on_nonfinite is 'ignore'; choose one of: stop, skip"):
+        train(endless_reward, tmp_path)
+
+
+def tree_of_b(delta):
+    """The factors of a LoRA that are zero until an update is applied."""
+    import jax
+
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(delta) if path[-1].key == "b"]
+
+
+def test_skipping_ends_when_it_does_not_end():
+    skipped = Skipped()
+    assert [skipped.count(bad) for bad in (True, False, True)] == [True] * 3
+    assert [skipped.count(True) for _ in range(SKIPPED_AT_MOST - 1)] == [True] * (SKIPPED_AT_MOST - 2) + [False]
+    assert skipped.steps == SKIPPED_AT_MOST + 1
 
 
 def command(teacher, prompts, workdir):
@@ -88,8 +124,49 @@ def command(teacher, prompts, workdir):
     return [sys.executable, "-m", "dmdr_jax.train", config, f"--workdir={workdir}"]
 
 
-def test_kill_9_and_the_same_command_again_give_the_same_parameters(teacher, prompts_file, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of programs that this file starts: what one has compiled serves the next."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(teacher, prompts_file, tmp_path, environment):
+    """Twice, and once more while it is being obeyed; Ctrl-C in between saves nothing. As if nothing had happened."""
+    workdir, done = tmp_path / "run", 0
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGTERM, 0)):
+        changes = ["--config.steps=100000", "--config.checkpoint.every=100000"]
+        process = subprocess.Popen(
+            [*command(teacher, prompts_file, workdir), *changes],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (workdir / "metrics.jsonl").exists() or len(read_metrics(workdir)) < done + 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        while number == signal.SIGTERM and process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.05)
+        told = process.communicate()[1]
+        assert process.returncode == status, told
+        if number == signal.SIGTERM:
+            done = load_trained(workdir)[1]["step"]
+            assert f"stopped by SIGTERM after step {done}" in told
+            assert [row["step"] for row in read_metrics(workdir)] == list(range(1, done + 1))
+    whole = tmp_path / "whole"
+    changes = [f"--config.steps={done}", "--config.checkpoint.every=100000"]
+    subprocess.run([*command(teacher, prompts_file, whole), *changes], check=True, cwd=ROOT, env=environment)
+    assert leaves_equal(load_trained(workdir, FIELDS)[0], load_trained(whole, FIELDS)[0])
+
+
+def test_a_run_that_is_stopped_before_its_first_step_saves_nothing(teacher, prompts_file, tmp_path):
+    state = train(tiny.config(teacher, prompts_file), tmp_path, stop=lambda step: True)
+    assert int(state.step) == 0 and not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_kill_9_and_the_same_command_again_give_the_same_parameters(teacher, prompts_file, tmp_path, environment):
     options = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(teacher, prompts_file, whole), check=True, **options)

@@ -118,7 +118,7 @@ def test_unwritable_places(tmp_path):
 def test_full_disk(tmp_path):
     """Met when a line is written, or later when clu's thread writes the event."""
     writer = MetricWriter(tmp_path / "a")
-    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    writer._lines._file = open("/dev/full", "a")  # noqa: SIM115
     with pytest.raises(UserError, match=r"cannot write metrics in .*: the disk is full; make room and run"):
         writer.scalars(1, {"loss": 1.0})
     with pytest.raises(UserError, match="the disk is full"):

@@ -1,6 +1,5 @@
 """The stage before a run: pairs against diffusers' own sampler, what is learnt from them, stopping and going on."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from dmdr_jax.diffusion.process import Flow, VariancePreserving
 from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.distill.regression import HUBER, LOSSES, regression_input, squared_error
 from dmdr_jax.errors import UserError
+from dmdr_jax.model import open_model
 from dmdr_jax.training import ode, setup
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.layout import Layout
@@ -34,9 +34,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def ode_config(folder, prompts, **changes):
-    """A run with a stage of a few steps: seven pairs in batches of three, the last one filled up."""
-    stage = {"steps": 4, "pairs": 7, "batch": 3, "teacher_steps": 3, "lr": 3e-3, "ema": 0.5}
-    changes = {f"ode__{key}": value for key, value in stage.items()} | {"steps": 1} | changes
+    """A run with a stage of a few steps: seven pairs in batches of four, the last one filled up."""
+    stage = {"steps": 4, "pairs": 7, "batch": 4, "teacher_steps": 3, "lr": 3e-3, "ema": 0.5}
+    changes = {f"ode__{key}": value for key, value in stage.items()} | {"steps": 1, "batch": 4} | changes
     return tiny.config(folder, prompts, guidance__scale=3.0, **changes)
 
 
@@ -154,7 +154,7 @@ def run(request, tmp_path_factory, prompts_file):
 
 
 def test_pairs_are_what_diffusers_draws_of_the_same_noise(run):
-    assert [len(np.load(path)) for path in sorted(run.store.folder.glob("latents_*.npy"))] == [3, 3, 1]
+    assert [len(np.load(path)) for path in sorted(run.store.folder.glob("latents_*.npy"))] == [4, 3]
     indices = np.arange(7)
     noise = np.asarray(ode.pair_noise(run.stage, jnp.asarray(indices)))
     pipe = tiny_pipelines.load(run.folder)
@@ -224,6 +224,8 @@ def test_the_run_starts_from_what_the_stage_ends_with(finished):
     assert not leaves_equal(trees["ema"], trees["generator"])
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.fake)) and int(state.step) == 1
     assert all(np.any(delta["b"]) for delta in deltas(trees["ema"]))  # every LoRA has left the teacher
+    drawable = open_model(str(workdir / "ode"))
+    assert leaves_equal(drawable.weights.lora, trees["ema"]) and list(drawable.recipe().grid) == meta["student"]["grid"]
     rows = read_metrics(workdir / "ode")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all({"ode/loss", "ode/error", "ode/gradient_norm"} <= row.keys() for row in rows)
@@ -237,22 +239,31 @@ def deltas(tree):
     return [delta for child in tree.values() for delta in deltas(child)]
 
 
-@pytest.mark.parametrize("where", ["pairs", "regression"])
-def test_stopping_and_going_on_changes_nothing(finished, tmp_path, monkeypatch, where):
-    whole, config, expected = finished
-    with monkeypatch.context() as patch:
-        if where == "pairs":
-            patch.setattr(PairStore, "append", interrupting(PairStore.append, 2))
-        else:
-            patch.setattr(ode, "report", interrupting(ode.report, 5))  # of step 4, after the checkpoint of step 2
-        with pytest.raises(Interrupted):
+def test_stopping_and_going_on_changes_nothing(finished, tmp_path, monkeypatch):
+    """Once while the pairs are drawn, once in the regression, and once between the stage and the run."""
+    whole, config, _ = finished
+    stops = [
+        (PairStore, "append", interrupting(PairStore.append, 2)),
+        (ode, "report", interrupting(ode.report, 5)),  # of step 4, after the checkpoint of step 2
+        (setup, "latest_or_new", interrupting(setup.latest_or_new, 2)),  # the run's own, after the stage's
+    ]
+    for module, name, stopping in stops:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(module, name, stopping)
             train(config, tmp_path)
-    shards = [path.name for path in sorted((tmp_path / "ode").glob("latents_*.npy"))]
-    assert len(shards) == (1 if where == "pairs" else 3) and not (tmp_path / "metrics.jsonl").exists()
-    assert leaves_equal(train(config, tmp_path), expected)
-    for file in [path.relative_to(whole) for path in (whole / "ode").glob("*.npy")]:
-        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+        if name == "append":
+            assert [path.name for path in (tmp_path / "ode").glob("latents_*")] == ["latents_0000000.npy"]
+    for name in ("latents_0000000.npy", "latents_0000004.npy"):
+        assert (tmp_path / "ode" / name).read_bytes() == (whole / "ode" / name).read_bytes()
     assert read_metrics(tmp_path / "ode") == read_metrics(whole / "ode")
+    fields = ("step", "generator", "generator_opt", "ema")
+    assert leaves_equal(load_trained(tmp_path / "ode", fields)[0], load_trained(whole / "ode", fields)[0])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):  # all is there: nothing is done again
+        patch.setattr(ode, "draw_pairs", None)
+        patch.setattr(PairStore, "latents", None)
+        patch.setattr(setup, "latest_or_new", interrupting(setup.latest_or_new, 2))
+        train(config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def interrupting(function, calls):
@@ -287,7 +298,7 @@ def test_pairs_of_another_setting_are_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ode__pairs": 2}, "config.ode.pairs is 2, fewer than one batch: take at least config.ode.batch, 3"),
+        ({"ode__pairs": 2}, "config.ode.pairs is 2, fewer than one batch: take at least config.ode.batch, 4"),
         ({"ode__batch": 0}, "config.ode.batch must be at least 1"),
         ({"ode__teacher_steps": 0}, "config.ode.teacher_steps must be at least 1"),
         ({"ode__steps": -1}, "config.ode.steps must not be negative"),
@@ -302,20 +313,19 @@ def test_settings_without_meaning_are_named(changes, message):
 
 def test_two_devices_make_what_one_makes(finished, teacher, prompts_file, tmp_path):
     """Noise, pairs and the student, up to the order in which sums are taken."""
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
-    changes = {"ode__batch": 4, "ode__steps": 2, "batch": 2}
     script = (
-        "import json, sys; from tests.training.test_ode import ode_config; from dmdr_jax.training.loop import train;"
-        "teacher, prompts, workdir, changes = sys.argv[1:];"
-        "import jax; assert jax.device_count() == 2;"
-        "train(ode_config(teacher, prompts, **json.loads(changes)), workdir)"
+        "import sys, jax; assert jax.device_count() == 2; from tests.training import test_ode as t;"
+        "t.setup.latest_or_new = t.interrupting(t.setup.latest_or_new, 2);"  # the stage is enough
+        "t.train(t.ode_config(*sys.argv[1:3]), sys.argv[3])"
     )
-    arguments = [str(teacher), str(prompts_file), str(tmp_path / "two"), json.dumps(changes)]
-    subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, check=True)
-    train(ode_config(teacher, prompts_file, **changes), tmp_path / "one")
-    for first in (0, 4):
-        one, two = (np.load(tmp_path / run / "ode" / f"latents_{first:07d}.npy") for run in ("one", "two"))
-        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
-    one, two = (read_metrics(tmp_path / run / "ode") for run in ("one", "two"))
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(teacher), str(prompts_file), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Interrupted" in done.stderr.splitlines()[-1], done.stderr
+    folders = finished[0] / "ode", tmp_path / "ode"
+    for name in ("latents_0000000.npy", "latents_0000004.npy"):
+        one, two = (np.load(folder / name) for folder in folders)
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)
+    one, two = (read_metrics(folder) for folder in folders)
     for name in ("ode/loss", "ode/gradient_norm"):
-        np.testing.assert_allclose([row[name] for row in one], [row[name] for row in two], rtol=1e-3)
+        np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=1e-3)

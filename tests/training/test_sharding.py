@@ -82,6 +82,50 @@ def test_more_parts_than_devices():
         sharding.make_mesh(-1, 2, devices=jax.devices()[:1])
 
 
+# --- several slices ---
+
+
+class FakeDevice:
+    """As much of a device as the making of a mesh looks at."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index, self.process_index = number, slice_index, number // 4
+
+    def __repr__(self):
+        return f"{self.id}@{self.slice_index}"
+
+
+def slices(count, each):
+    """Devices of several slices, in an order in which nobody would like them."""
+    devices = [FakeDevice(number, number // each) for number in range(count * each)]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+@pytest.mark.parametrize("sizes", [(16, 1, 1), (4, 4, 1), (2, 8, 1), (4, 2, 2)])
+def test_only_data_crosses_between_slices(sizes):
+    grid = sharding.slice_grid(sizes, slices(2, 8))
+    assert grid.shape == sizes and {device.id for device in grid.flat} == set(range(16))
+    where = np.vectorize(lambda device: device.slice_index)(grid)
+    half = sizes[0] // 2
+    assert (where[:half] == 0).all() and (where[half:] == 1).all()  # the outermost part of data
+
+
+@pytest.mark.parametrize("sizes, count", [((1, 16, 1), 2), ((4, 4, 1), 8), ((6, 2, 1), 4)])
+def test_a_slice_that_does_not_hold_whole_parts_of_data(sizes, count):
+    each = int(np.prod(sizes)) // count
+    with pytest.raises(UserError, match=rf"data {sizes[0]} does not divide over {count} slices"):
+        sharding.slice_grid(sizes, slices(count, each))
+    with pytest.raises(UserError, match="does not divide over"):
+        sharding.make_mesh(*sizes, devices=slices(count, each))
+
+
+def test_devices_without_slices_are_one():
+    assert sharding.count_slices(jax.devices()) == 1
+    assert sharding.count_slices(slices(3, 4)) == 3
+
+
 # --- on eight devices ---
 
 

@@ -1,8 +1,9 @@
 """The published checkpoints, as far as they can be known without their weights: configurations, keys and shapes.
 
-``manifests/models.json`` has, for each model, its ``model_index.json``, scheduler and components: the ``config.json``
-(with its SHA-256 where the repository's is on record), the number of parameters, and the sizes of weight files or the
-SHA-256 of an index that are on record. ``manifests/NAME.txt`` has the tensors, one row for modules of one kind::
+``dmdr_jax/diffusers_io/published_models.json`` has, for each model, its ``model_index.json``, scheduler and components:
+the ``config.json`` (with its SHA-256 where the repository's is on record), the number of parameters, and the sizes of
+weight files or the SHA-256 of an index that are on record. ``manifests/NAME.txt`` has the tensors, one row for modules
+of one kind::
 
     transformer_blocks.[0-22].attn.to_q  weight 1536x1536  bias 1536
 
@@ -18,10 +19,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dmdr_jax.diffusers_io import published
 from dmdr_jax.diffusers_io.read_plan import Stored
 
 FOLDER = Path(__file__).parent / "manifests"
-MODELS: dict[str, dict[str, Any]] = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
+MODELS: dict[str, dict[str, Any]] = json.loads(published.MODELS.read_text(encoding="utf-8"))
 COMPONENTS = [(model, component) for model in MODELS for component in MODELS[model]["components"]]
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
@@ -113,4 +115,3 @@ def _expand(modules: str) -> list[str]:
         "".join(itertools.chain(*zip(texts, map(str, chosen), strict=False))) + texts[-1]
         for chosen in itertools.product(*ranges)
     ]
-

@@ -1,0 +1,88 @@
+"""The main claim: is the few-step student better than its teacher at 50 evaluations, and what of DMDR makes it so?
+
+Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/main.py --out=runs/main --jobs=2
+          main.py:sdxl and main.py:sdxl_1step are the same for the SDXL-shaped teacher, with 4 steps and with 1.
+
+Equal generator updates for all; DMD then reward spends half of them on each. The paper's Table 1 and Figure 10.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dmdr_jax.experiments.spec import Along, Bars, Curves, Experiment, Pareto, Row, arguments_of
+
+TEACHER = dict(steps=25, guidance=3)  # 50 network evaluations
+UPDATES = 500
+EVERY = 50  # updates between checkpoints, each of which is evaluated
+RAMP = 20  # updates over which a reward sets in
+
+REWARDS = {"shapes_clip": 1.0, "shapes_hps": 0.3}  # and their weights, as configs/shapes/sd3.py has them
+SHAPES = {
+    "sd3": ("configs/shapes/sd3.py", "shapes:sd3", 4),
+    "sdxl": ("configs/shapes/sdxl.py", "shapes:sdxl", 4),
+    "sdxl_1step": ("configs/shapes/sdxl_1step.py", "shapes:sdxl", 1),
+}
+CONFIG, MODEL, _ = SHAPES["sd3"]
+
+
+def reward_weights(factor: float) -> dict[str, float]:
+    """All rewards' weights times a factor; 0 leaves them out."""
+    return {f"rewards.{name}.weight": factor * weight for name, weight in REWARDS.items()}
+
+
+def rewards_from(step: int, ramp: int = RAMP) -> dict[str, int]:
+    """All rewards set in at ``step``."""
+    return {f"rewards.{name}.{key}": value for name in REWARDS for key, value in dict(start=step, ramp=ramp).items()}
+
+
+def get_experiment(shape: str = "sd3") -> Experiment:
+    return make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {})
+
+
+def make(name: str, shape: str, updates: int, every: int, settings: Mapping[str, Any]) -> Experiment:
+    """The experiment at a length of one's own.
+
+    Args:
+      settings: of every trained row.
+    """
+    config, model, steps = SHAPES[shape]
+    switch = updates // 2
+    common = {"steps": updates, **settings}
+    reward_only = common | {"method": "refl_only"}
+    rows = (
+        Row("teacher", "teacher, 25 steps", model=model, draw=TEACHER),
+        Row("teacher_few", f"teacher, {steps} step{'s' * (steps > 1)}", model=model, draw=TEACHER | {"steps": steps}),
+        Row("dmd", "DMD only", config=config, overrides=common | reward_weights(0.0)),
+        Row("reward", "reward only", config=config, overrides=reward_only | rewards_from(0)),
+        Row(
+            "dmd_then_reward",
+            "DMD, then reward",
+            config=config,
+            overrides=reward_only | rewards_from(switch),
+            after=f"dmd@{switch}",
+        ),
+        Row("dmdr", "DMDR", config=config, overrides=common),
+    )
+    measures = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
+    return Experiment(
+        name=name,
+        rows=rows,
+        teacher=arguments_of(model, TEACHER),
+        along=Along(every),
+        pairs=(
+            ("dmdr", "teacher"),
+            ("dmdr", "teacher_few"),
+            ("dmdr", "dmd"),
+            ("dmdr", "dmd_then_reward"),
+            ("dmdr", "reward"),
+            ("dmd", "teacher"),
+            ("dmd_then_reward", "dmd"),
+            ("reward", "teacher"),
+        ),
+        tasks=True,
+        figures=(
+            Bars(measures),
+            Curves(measures, ("dmd", "reward", "dmd_then_reward", "dmdr")),
+            Pareto("strict", "nfe"),
+        ),
+    )

@@ -1,0 +1,165 @@
+"""Counts the floating point operations of training, from shapes alone: nothing is read but small rewards, nothing run.
+
+    python -m dmdr_jax.experiments.cost --out cost.json --stage configs/shapes/sd3.py 0 500 batch=16
+
+A --stage is a configuration, the generator steps from and to which it trains, and its overrides; several are added up.
+Counted are matrix products and convolutions (two operations for a multiply-add) of the two compiled updates, backward
+passes and recomputation included, and of the regression before the cold start; not the text encoders, previews and
+evaluations. Loops count every turn, which XLA's own analysis does not.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dmdr_jax import cli
+from dmdr_jax.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.make_parser(__doc__)
+    p.add_argument("--out", required=True, type=Path, help="file for the counts")
+    p.add_argument(
+        "--stage", action="append", nargs="+", required=True, metavar="ARG", help="CONFIG FIRST LAST [KEY=VALUE ...]"
+    )
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    stages = [argument for stage in args.stage for argument in ("--stage", *stage)]
+    try:
+        found: dict[str, Any] = {"stages": stages, **add([stage_cost(*stage_of(stage)) for stage in args.stage])}
+    except UserError:
+        raise
+    except Exception as error:  # what a future method does may defeat the counting; a run must not fail for that
+        found = {"stages": stages, "error": f"{type(error).__name__}: {error}"}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    half = args.out.with_suffix(".tmp")
+    half.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    half.replace(args.out)
+    print(json.dumps(found))
+
+
+def stage_of(arguments: Sequence[str]) -> tuple[Any, int, int]:
+    """Configuration, first and last step; UserError where they are not there."""
+    if len(arguments) < 3 or not (arguments[1].isdigit() and arguments[2].isdigit()):
+        raise UserError("--stage needs CONFIG FIRST LAST and then overrides KEY=VALUE.")
+    return cli.load_config(arguments[0], arguments[3:]), int(arguments[1]), int(arguments[2])
+
+
+def add(costs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The sum of the totals; the costs of single updates are those of the last stage."""
+    return {**costs[-1], "training": sum(cost["training"] for cost in costs)}
+
+
+def stage_cost(config: Any, first: int, last: int) -> dict[str, float]:
+    """Operations of one fake update, of one generator update at ``last``, and of the updates from first to last."""
+    import jax
+
+    from dmdr_jax.objectives.base import active_terms, separate_fake_updates
+    from dmdr_jax.training.step import fake_step, generator_step
+
+    run = abstract_run(config)
+    inputs = run.state, run.frozen, run.batch
+    fake = count(jax.make_jaxpr(partial(fake_step, run.plan))(*inputs))
+    generator: dict[Any, float] = {}
+    total = ode_cost(config, run) if first == 0 else 0.0
+    for step in range(first, last):
+        terms = active_terms(run.terms, step)
+        if terms not in generator:
+            generator[terms] = count(jax.make_jaxpr(partial(generator_step, run.plan, terms))(*inputs))
+        updates = separate_fake_updates(terms, config.fake.updates)
+        total += generator[terms] + (updates + (step == 0 and updates > 0)) * fake
+    latest = active_terms(run.terms, last - 1)
+    return {"fake_update": fake, "generator_update": generator[latest], "training": total}
+
+
+def abstract_run(config: Any) -> Any:
+    """The run's shapes, with the rewards that it trains on."""
+    import jax
+
+    from dmdr_jax.training import setup
+    from dmdr_jax.training.abstract import AbstractRun
+
+    run = AbstractRun.of(config)
+    rewards = setup.load_rewards(config)
+    abstract = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    text = {
+        reward.spec.name: abstract(reward.text_features(reward.tokenize(["a"] * config.batch))) for reward in rewards
+    }
+    return dataclasses.replace(
+        run,
+        plan=dataclasses.replace(run.plan, rewards=rewards),
+        frozen=run.frozen.replace(rewards={reward.spec.name: abstract(reward.params) for reward in rewards}),
+        batch=run.batch.replace(reward_text=text),
+    )
+
+
+def ode_cost(config: Any, run: Any) -> float:
+    """The regression before the cold start: the teacher's pairs, and three forward passes' worth for each update."""
+    if not config.ode.steps:
+        return 0.0
+    import jax
+    import jax.numpy as jnp
+
+    from dmdr_jax.diffusion.denoiser import Weights
+
+    latents = jax.ShapeDtypeStruct((config.batch, *run.plan.latent_shape), jnp.float32)
+    times = jax.ShapeDtypeStruct((config.batch,), jnp.float32)
+
+    def forward(base: Any, z: Any, t: Any, cond: Any) -> Any:
+        return run.plan.denoiser.output(Weights(base), z, t, cond)
+
+    one = count(jax.make_jaxpr(forward)(run.frozen.base, latents, times, run.batch.cond)) / config.batch
+    guided = 2 if (config.ode.guidance or config.guidance.scale) > 1 else 1
+    return one * (config.ode.pairs * config.ode.teacher_steps * guided + 3 * config.ode.steps * config.ode.batch)
+
+
+# --- counting ------------------------------------------------------------------------------------------------------
+
+
+def count(jaxpr: Any) -> float:
+    """Operations of the matrix products and convolutions of a (closed) jaxpr, everything it calls included.
+
+    A `while` whose turns are unknown counts once, a `cond` as its dearest branch.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total += 2 * equation.outvars[0].aval.size * _contracted(equation)
+        elif name == "conv_general_dilated":
+            total += 2 * equation.outvars[0].aval.size * _kernel_size(equation)
+        elif name == "scan":
+            total += parameters["length"] * count(parameters["jaxpr"])
+        elif name == "cond":
+            total += max(count(branch) for branch in parameters["branches"])
+        else:
+            total += sum(count(inner) for value in parameters.values() for inner in _jaxprs(value))
+    return total
+
+
+def _contracted(equation: Any) -> int:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return math.prod(shape[axis] for axis in contracting)
+
+
+def _kernel_size(equation: Any) -> int:
+    """Multiply-adds for one output element: the kernel's taps times the input features of a group."""
+    spec, kernel = equation.params["dimension_numbers"].rhs_spec, equation.invars[1].aval.shape
+    return math.prod(kernel) // kernel[spec[0]]
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    values = value if isinstance(value, tuple | list) else [value]
+    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

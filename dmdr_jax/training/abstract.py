@@ -1,0 +1,110 @@
+"""A run's programs over shapes alone: nothing is read, allocated or computed.
+
+`AbstractRun.of(config)` has what `dmdr_jax.training.loop.train` would hand to its two compiled programs, as
+``jax.ShapeDtypeStruct``: enough to trace them, to compile them for a machine that is not there, or to count.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmdr_jax.diffusers_io.pipeline import Pipeline
+from dmdr_jax.diffusers_io.published import abstract_pipeline
+from dmdr_jax.diffusers_io.text import CLIP_TOWERS, T5, encode, encode_uncond
+from dmdr_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
+from dmdr_jax.objectives.base import Term
+from dmdr_jax.rewards.base import Reward, RewardSpec
+from dmdr_jax.rewards.clip_reward import ClipReward, Preprocessing, abstract_clip, split_params, towers
+from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.training import setup
+from dmdr_jax.training.state import TrainState
+from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
+
+Tree = Any
+
+CLIP_H14 = ClipConfig(
+    text=ClipTextConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu"
+    ),
+    vision=ClipVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+    projection_dim=1024,
+)
+"""ViT-H/14 at 224 px, the shape of DMDR's two rewards (DFN5B-CLIP and HPSv2.1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """The static parts of a run, and the shapes of the rest."""
+
+    plan: Plan
+    terms: tuple[Term, ...]
+    state: TrainState
+    frozen: Frozen
+    batch: Batch
+
+    @classmethod
+    def of(cls, config: Any) -> "AbstractRun":
+        """The run of a configuration; every reward with a weight is taken for a `CLIP_H14`.
+
+        Raises:
+          UserError: the configuration is refused, as by the training program.
+        """
+        setup.check(config)
+        stored = setup.choice("config.base_dtype", config.base_dtype, setup.DTYPES)
+        compute = setup.choice("config.compute_dtype", config.compute_dtype, setup.DTYPES)
+        pipeline = abstract_pipeline(resolve(config.model), stored, compute)
+        setup.set_remat(config, pipeline)
+        rewards = tuple(abstract_reward(spec, stored, config.remat != "none") for spec in setup.reward_specs(config))
+        terms, plan = setup.make_terms(config, rewards), setup.make_plan(config, pipeline, rewards)
+        base = pipeline.params[pipeline.denoiser]
+        state = jax.eval_shape(partial(setup.make_state, config, pipeline.family, plan), base)
+        frozen = Frozen(
+            base=base,
+            vae=setup.reward_decoder(pipeline.params),
+            rewards={reward.spec.name: reward.params for reward in rewards},
+            uncond=_encoded(encode_uncond, config, pipeline, plan, 1, zeros=setup.zero_uncond(config, pipeline)),
+        )
+        text = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
+        cond = _encoded(encode, config, pipeline, plan, config.batch, max_sequence_length=config.t5_length)
+        return cls(plan, terms, state, frozen, Batch(cond, {reward.spec.name: text for reward in rewards}))
+
+    def trace(self, step: int | None = None) -> tuple[TrainState, TrainState]:
+        """The states after a fake update and after a generator update, as shapes; a mistake in either raises.
+
+        Args:
+          step: generator step, which decides on the terms that count; None: all of them.
+        """
+        terms = tuple(term for term in self.terms if step is None or term.active(step))
+        inputs = self.state, self.frozen, self.batch
+        after_fake, _ = jax.eval_shape(partial(fake_step, self.plan), *inputs)
+        after_generator, _ = jax.eval_shape(partial(generator_step, self.plan, terms), *inputs)
+        return after_fake, after_generator
+
+
+def abstract_reward(spec: RewardSpec, dtype: Any, remat: bool) -> Reward:
+    """A reward of `CLIP_H14`'s shape, its parameters in ``dtype``."""
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_clip(CLIP_H14))
+    image_side, text_side = split_params(params)
+    vision, text = towers(CLIP_H14, dtype, remat)
+    size = CLIP_H14.vision.image_size
+    return ClipReward(spec, image_side, text_side, vision, text, Preprocessing.from_config({}, size), tokenizer=None)
+
+
+def _encoded(function: Any, config: Any, pipeline: Pipeline, plan: Plan, batch: int, **fixed: Any) -> Any:
+    """The shapes of what the text encoders give for ``batch`` prompts."""
+    lengths = {name: pipeline.modules[name].config.max_position_embeddings for name in CLIP_TOWERS}
+    if T5 in pipeline.modules:
+        lengths[T5] = config.t5_length
+    ids = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32) for name, length in lengths.items()}
+    params = {name: pipeline.params[name] for name in lengths}
+    return jax.eval_shape(partial(function, pipeline.modules, size=plan.image_size, **fixed), params, ids)
