@@ -1,7 +1,7 @@
 """What reading a checkpoint costs: time and memory of our reader beside the safetensors library's.
 
-    python benchmarks/load.py --full           # SDXL's U-Net at its published size: 5.1 GB of disk and of memory
-    python benchmarks/load.py --tiny           # the same in miniature, in seconds
+    python -m benchmarks.load --full            # SDXL's U-Net at its published size: 5.1 GB of disk and of memory
+    python -m benchmarks.load --tiny            # the same in miniature, in seconds
 
 Writes a folder of random weights in fp16 (or takes --folder), reads it once so that the page cache is warm, and then
 runs each reader alone in fresh processes, by turns; the best time counts.
@@ -113,7 +113,7 @@ def compare(folder: Path, runs: int) -> dict[str, Any]:
     measured: dict[str, list[dict[str, float]]] = {reader: [] for reader in READERS}
     for _ in range(runs):
         for reader in READERS:
-            command = [sys.executable, __file__, "--child", reader, "--folder", str(folder)]
+            command = [sys.executable, "-m", "benchmarks.load", "--child", reader, "--folder", str(folder)]
             measured[reader].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
     seconds = {reader: min(run["seconds"] for run in measured[reader]) for reader in READERS}
     memory = {reader: max(run["memory"] for run in measured[reader]) for reader in READERS}

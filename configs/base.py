@@ -149,7 +149,7 @@ def _add_methods(c: ConfigDict) -> None:
     c.dpo.form = "transitions"  # or "denoising"
     c.dpo.beta = placeholder(float)
     c.dpo.clip = 0.1
-    c.dpo.weight = 1.0
+    c.dpo.weight = placeholder(float)
     c.dpo.refresh = 0  # steps after which the reference is renewed; 0: never
 
     c.refl = ConfigDict(dict(anchor=0.0))  # refl_only: pull to the student of the end of the cold start

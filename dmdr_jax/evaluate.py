@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     measured.add_argument(
         "--features", action="append", metavar="NAME=PATH",
-        help="features for distances between sets of images: inception=FILE, clip=FOLDER, or a function; again for each",
+        help="features for distances between sets of images: inception=FILE, clip=FOLDER, NAME=file.py:function",
     )  # fmt: skip
     measured.add_argument(
         "--reference", action="append", metavar="NAME=FOLDER",

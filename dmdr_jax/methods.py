@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "policy.clip": 1e-4,
     "policy.balance": 0.0,
     "dpo.beta": 50.0,
+    "dpo.weight": 1.0,
 }
 """What a None key means where the method does not say otherwise."""
 
@@ -153,10 +154,12 @@ METHODS: dict[str, Method] = {
         """DMDR with online DPO: best against worst of each group, the reference is the student after the cold start.
 
         The paper names Diffusion-DPO; the authors advise the transition form (PSO) for distilled students, the default;
-        ``dpo.form="denoising"`` is the other, ``dpo.refresh`` renews the reference.
+        ``dpo.form="denoising"`` is the other (beta 100 there), ``dpo.refresh`` renews the reference. With beta = 50 the
+        preference's gradient at an estimate is some 200 times distribution matching's until the clip stops it (both
+        by their formulas, eight samples a prompt), so its weight is .01 here; ``dpo_only`` has 1.
         Passes: K + 2M/G student forwards, 1 + 2M/G student updates, 3 score forwards, 1 reward (denoising: M = 1).""",
         lambda n: Passes(student=n.K + 2 * n.M / n.G, student_update=1 + 2 * n.M / n.G, score=3, reward=1),
-        {"group.size": 8},
+        {"group.size": 8, "dpo.weight": 0.01},
         ("dpo", "policy"),
     ),
     "ddmd": Method(
@@ -286,6 +289,8 @@ def resolve(config: Any) -> Any:
     settings = DEFAULTS | dict(method.settings)
     if config.method in ("gndm", "gndmr"):
         settings |= gndm_settings(config.gndm.mode)
+    if config.dpo.form == "denoising":
+        settings["dpo.beta"] = 100.0
     _refuse_idle(config, method, settings)
     with resolved.unlocked():
         for key, value in settings.items():

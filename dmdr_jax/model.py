@@ -14,6 +14,7 @@ from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.errors import UserError
 from dmdr_jax.generate import Recipe, teacher_recipe
 from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.training import disk
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.state import with_buffers
 
@@ -93,7 +94,7 @@ def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Mod
       UserError: it is none of these, or something in it is missing or damaged.
     """
     folder = Path(resolve(path))
-    if folder.is_dir() and not (folder / "model_index.json").exists():
+    if disk.is_remote(path) or (folder.is_dir() and not (folder / "model_index.json").exists()):
         return open_checkpoint(path, dtype, use_ema)
     pipeline = load_pipeline(resolve(path), dtype=dtype)
     return Model(pipeline, Weights(pipeline.params[pipeline.denoiser]))

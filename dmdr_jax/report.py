@@ -1,8 +1,10 @@
-"""Writes one self-contained page about a run: pictures, curves, the table, and what the numbers say.
+"""Writes one self-contained page: pictures, curves, the table, and what the numbers say.
 
     python -m dmdr_jax.report runs/mine --evaluation runs/mine/evaluation --out report.html
+    python -m dmdr_jax.report runs/a runs/b runs/c --evaluation evaluation      # any number of runs side by side
+    python -m dmdr_jax.report --evaluation evaluation                           # an evaluation alone
 
-Works while the run trains, and without an evaluation (then without table and verdict).
+Works while a run trains, and without an evaluation (then without table and verdict).
 """
 
 import argparse
@@ -13,7 +15,7 @@ from dmdr_jax import cli
 
 def parser() -> argparse.ArgumentParser:
     p = cli.make_parser(__doc__)
-    p.add_argument("run", help="workdir of the run")
+    p.add_argument("runs", nargs="*", metavar="run", help="workdirs of runs")
     p.add_argument("--evaluation", help="folder that python -m dmdr_jax.evaluate wrote")
     p.add_argument("--out", default="report.html", help="the page (default: report.html)")
     return p
@@ -27,7 +29,7 @@ def main(args: Any) -> None:
 
     out = Path(args.out)
     try:
-        write_report(Path(args.run), Path(args.evaluation) if args.evaluation else None, out)
+        write_report([Path(run) for run in args.runs], Path(args.evaluation) if args.evaluation else None, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}.") from None
     print(out)

@@ -65,7 +65,9 @@ def run_ours(folder, out, exported):
 
 
 def in_a_process(run, *arguments):
-    subprocess.run([sys.executable, __file__, run.__name__, *map(str, arguments)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "tests.test_full_size", run.__name__, *map(str, arguments)], check=True, cwd=ROOT
+    )
 
 
 def here(run, *arguments):
@@ -76,7 +78,7 @@ def check(tmp_path, size, step, runs):
     folder, exported = tmp_path / "unet", tmp_path / "exported"
     numbers = tmp_path / "load.json"
     options = ["--folder", str(folder), "--json", str(numbers), "--runs", str(runs)]
-    subprocess.run([sys.executable, "benchmarks/load.py", f"--{size}", *options], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "benchmarks.load", f"--{size}", *options], check=True, cwd=ROOT)
     step(run_torch, folder, tmp_path / "theirs.npy")
     step(run_ours, folder, tmp_path / "ours.npy", exported)
     try:

@@ -170,7 +170,7 @@ def test_the_page_is_made_from_the_records_alone(written, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("# Mine\n") and "\nwords\n" in text and "stale" not in text
     assert f"<!-- results of {file}:none -->\n<!-- end of" in text  # no records: empty
-    assert "fell for good at step" in text and "| 150" in text
+    assert "worse for good from step" in text and "| 150" in text
     assert "python -m dmdr_jax.sweep --experiment=" in text and "commit abc" in text
     assert re.search(r"\| row a +\| +100 \| +2 \| +1 \|", text)  # updates, TFLOP, CPU minutes
     drawn = sorted(path.name for path in (page.parent / "images/results").iterdir())
@@ -216,6 +216,16 @@ def test_points_lie_where_their_numbers_say(log_x):
     ratio = (across[1] - across[0]) / (across[2] - across[0])
     assert ratio == pytest.approx(0.5 if log_x else 1 / 11, abs=1e-3)
     assert (down[1] - down[2]) / (down[1] - down[0]) == pytest.approx(0.5, abs=1e-2)
+
+
+def test_names_beside_points_do_not_cover_each_other():
+    points = tuple(
+        charts.Point(x, 1.0, name=name) for x, name in ((1, "point 1"), (1.2, "point 2"), (1.4, "point 3"), (9, ""))
+    )
+    panel = charts.xy_panel("", [charts.Series("", points, joined=False)], "x")
+    names = [e for e in elements([panel], "text") if e.text.startswith("point")]
+    heights = sorted(float(e.get("y")) for e in names)
+    assert len(heights) == 3 and min(np.diff(heights)) >= charts.NAME_HEIGHT - 0.1
 
 
 def test_the_front_is_what_nothing_cheaper_reaches():

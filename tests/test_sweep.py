@@ -155,6 +155,14 @@ def test_a_sweep_runs_everything_once(config, programs, tmp_path):
     assert not failures and [event.rsplit(": ")[-1] for event in events] == ["done"] * 5  # nothing is started
 
 
+def test_a_record_says_what_is_not_as_everywhere(tmp_path):
+    row = Row("dmdr", config="configs/shapes/sd3.py", overrides={"rewards.shapes_hps.weight": 0.5})
+    settings = records.settings_of(jobs.Job(Experiment("toy", (row,), TEACHER), row, 7, tmp_path))
+    assert (settings["seed"], settings["batch"], settings["rewards.shapes_hps.weight"]) == (7, 32, 0.5)
+    assert settings["rewards.shapes_clip.weight"] == 1.0
+    assert not {"rewards.shapes_clip.margin", "fake.lora.rank", "dpo.form"} & set(settings)
+
+
 def test_a_kill_costs_only_what_was_not_saved(config, programs, tmp_path):
     """Interrupted inside a run, a sweep stops it in good order and later goes on from its checkpoint."""
     experiment = experiment_of(config, Row("a", config=config, overrides={"nap": 0.3}))

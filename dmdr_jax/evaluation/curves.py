@@ -87,9 +87,9 @@ def line_chart(series: Sequence[Series], label: str, last: float, mark: tuple[fl
     for i, curve in enumerate(curves):
         raw = [place(x, y) for x, y in zip(curve.steps, curve.values)]
         bold = [place(x, y) for x, y in zip(curve.steps, smooth(curve.values))]
-        parts.append(f'<path class="raw s{i}" d="{_path(raw)}"/><path class="line s{i}" d="{_path(bold)}"/>')
+        parts.append(f'<path class="raw s{i % 8}" d="{_path(raw)}"/><path class="line s{i % 8}" d="{_path(bold)}"/>')
         if len(raw) == 1:
-            parts.append(f'<circle class="dot s{i}" cx="{raw[0][0]:.1f}" cy="{raw[0][1]:.1f}" r="3"/>')
+            parts.append(f'<circle class="dot s{i % 8}" cx="{raw[0][0]:.1f}" cy="{raw[0][1]:.1f}" r="3"/>')
     return "".join([*parts, "</svg>"])
 
 

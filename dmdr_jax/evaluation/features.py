@@ -30,6 +30,7 @@ from dmdr_jax.rewards.clip_files import open_clip_file
 from dmdr_jax.rewards.clip_reward import preprocessing_of, read_params, towers
 from dmdr_jax.rewards.kinds import KINDS as REWARD_KINDS
 from dmdr_jax.rewards.kinds import is_function
+from dmdr_jax.shapes.assets import resolve
 
 LOT = 64  # images whose features are computed between two files of the store
 BATCH = 16
@@ -79,6 +80,7 @@ def parse_features(text: str) -> FeatureSpec:
     """
     name, equals, rest = text.partition("=")
     path, *options = rest.split(",")
+    path = resolve(path)
     if not equals or not name or not path:
         raise UserError(f"--features {text!r} is not NAME=PATH, such as inception=FILE or clip=FOLDER.")
     fields = dict(option.partition("=")[::2] for option in options)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation.images import image_files, read_images, to_uint8, write_image
@@ -21,6 +20,7 @@ from dmdr_jax.evaluation.journal import Journal, key_of, write_text
 from dmdr_jax.evaluation.scorers import fingerprint
 from dmdr_jax.generate import Recipe, draw_images, initial_noise
 from dmdr_jax.model import Model
+from dmdr_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 ABOUT = "about.json"
 PREFIX = "images:"  # of an entry whose images were drawn elsewhere
@@ -163,10 +163,9 @@ class Drawing:
         devices = jax.local_devices()
         if len(devices) > 1:
             batch = -(-batch // len(devices)) * len(devices)
-            mesh = jax.make_mesh((len(devices),), ("data",), devices=devices)
-            self._sharding = NamedSharding(mesh, PartitionSpec("data"))
-            whole = NamedSharding(mesh, PartitionSpec())
-            self._weights, self._params = jax.device_put((model.weights, self._params), whole)
+            mesh = make_mesh(devices=devices)
+            self._sharding = batch_sharding(mesh, batch)
+            self._weights, self._params = jax.device_put((self._weights, self._params), replicated(mesh))
         self.batch = batch
 
     def __call__(self, lot: Sequence[int]) -> tuple[np.ndarray, float]:

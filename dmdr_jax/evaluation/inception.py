@@ -216,9 +216,10 @@ def _bilinear(image: np.ndarray) -> np.ndarray:
     x = image.astype(np.float32)
     for axis in (0, 1):
         n = x.shape[axis]
-        at = np.clip((np.arange(SIDE) + 0.5) * n / SIDE - 0.5, 0, None)
+        half = np.float32(0.5)  # places in fp32, as PyTorch has them
+        at = np.maximum((np.arange(SIDE, dtype=np.float32) + half) * np.float32(n / SIDE) - half, 0)
         low = np.minimum(np.floor(at).astype(int), n - 1)
-        share = np.expand_dims((at - low).astype(np.float32), (1, 2) if axis == 0 else (0, 2))
+        share = np.expand_dims(at - low.astype(np.float32), (1, 2) if axis == 0 else (0, 2))
         high = np.minimum(low + 1, n - 1)
         x = np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
     return x

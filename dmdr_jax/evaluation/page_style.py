@@ -2,10 +2,11 @@
 
 STYLE = """
 :root { --paper: #fbfaf7; --card: #ffffff; --ink: #1d2329; --soft: #67717b; --line: #e2e0d9; --accent: #0f6f78;
-  --good: #1d7a45; --bad: #b3372c; --open: #86703a; --s0: #0f6f78; --s1: #c4622d; --s2: #6b55b8; --s3: #7d8b2f; }
+  --good: #1d7a45; --bad: #b3372c; --open: #86703a; --s0: #0f6f78; --s1: #c4622d; --s2: #6b55b8; --s3: #7d8b2f;
+  --s4: #b04a7d; --s5: #3b6fc4; --s6: #8a6a4a; --s7: #5b6b6f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181b; --card: #1c2226; --ink: #e6e8e6; --soft: #97a1a8;
   --line: #313a40; --accent: #5cc0c8; --good: #63c98c; --bad: #ef8377; --open: #d6b968; --s0: #5cc0c8; --s1: #ef9a6a;
-  --s2: #a996ee; --s3: #bccb6a; } }
+  --s2: #a996ee; --s3: #bccb6a; --s4: #ea8fbb; --s5: #8db4f2; --s6: #cfae8d; --s7: #a9b8bc; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -53,6 +54,12 @@ svg path { fill: none; stroke-linejoin: round; } svg .raw { stroke-width: 1; opa
 svg .line { stroke-width: 2.2; }
 svg .s0 { stroke: var(--s0); } svg .s1 { stroke: var(--s1); }
 svg .s2 { stroke: var(--s2); } svg .s3 { stroke: var(--s3); }
+svg .s4 { stroke: var(--s4); } svg .s5 { stroke: var(--s5); }
+svg .s6 { stroke: var(--s6); } svg .s7 { stroke: var(--s7); }
+svg .b0 { fill: var(--s0); } svg .b1 { fill: var(--s1); } svg .b2 { fill: var(--s2); } svg .b3 { fill: var(--s3); }
+svg .b4 { fill: var(--s4); } svg .b5 { fill: var(--s5); } svg .b6 { fill: var(--s6); } svg .b7 { fill: var(--s7); }
+svg .whisker { stroke: var(--ink); stroke-width: 1.2; }
+.wide { margin-top: 14px; overflow-x: auto; } .wide svg { max-height: 300px; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }

@@ -17,17 +17,21 @@ PLAIN_COUNT = 16  # prompts shown where there are no tasks
 MAX_SIDE = 256  # pixels; larger pictures are reduced
 SMALL_SIDE = 96  # up to this side pixels are shown as squares
 MAX_COLUMNS = 4
+MAX_PROMPT = 240  # letters of a prompt on a card
+JPEG_QUALITY = 88
 PREVIEWS = 3  # grids of the student shown, first to last
 
 
 def data_uri(picture: np.ndarray | Image.Image, max_side: int = MAX_SIDE) -> str:
-    """A PNG, uint8 ``[h, w, 3]`` or an image, as a data URI; reduced to ``max_side`` pixels."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    if max(image.size) > max_side:
+    """uint8 ``[h, w, 3]`` or an image as a data URI, reduced to ``max_side`` pixels: a PNG, or a JPEG if it was."""
+    image = (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).convert("RGB")
+    reduced = max(image.size) > max_side
+    if reduced:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    kind, options = ("jpeg", {"quality": JPEG_QUALITY}) if reduced else ("png", {})
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format=kind, optimize=True, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def img(picture: np.ndarray | Image.Image, alt: str, max_side: int = MAX_SIDE, pixelated: bool | None = None) -> str:
@@ -58,34 +62,75 @@ def chosen_prompts(prompts: Sequence[Mapping[str, Any]], index: Sequence[int]) -
     return chosen
 
 
+class Pictures:
+    """The images of an evaluation, wherever they are kept: in `IMAGES_FILE`, or as files in the models' galleries.
+
+    Attributes:
+      models: which stand side by side, see `shown_models`.
+      index: the prompts that have an image of each of them.
+    """
+
+    def __init__(self, folder: Path, results: Mapping[str, Any]):
+        self._folder, self._results = folder, results
+        self.models = shown_models(results)
+        self._arrays: dict[str, np.ndarray] = {}
+        if (folder / IMAGES_FILE).is_file():
+            with np.load(folder / IMAGES_FILE) as stored:
+                self._arrays = {name: stored[name] for name in stored.files}
+        self.index = self._arrays["index"].tolist() if self._arrays else self._in_galleries()
+        self._places = {i: position for position, i in enumerate(self.index)}
+
+    def __contains__(self, i: int) -> bool:
+        return i in self._places
+
+    def get(self, model: int, i: int) -> np.ndarray | Image.Image:
+        """A model's image of prompt i."""
+        if self._arrays:
+            return self._arrays[f"model_{model}"][self._places[i]]
+        with Image.open(self._file(model, i)) as image:
+            return image.convert("RGB")
+
+    @property
+    def card_width(self) -> int:
+        """Pixels that a card of the models side by side needs at least."""
+        return 82 * len(self.models) + 40
+
+    def _file(self, model: int, i: int) -> Path:
+        row = self._results["models"][model]
+        return self._folder / row["gallery"] / row["files"][i]
+
+    def _in_galleries(self) -> list[int]:
+        if not all("gallery" in self._results["models"][m] for m in self.models):
+            return []
+        rows = range(len(self._results["prompts"]))
+        return [i for i in rows if all(self._file(m, i).is_file() for m in self.models)]
+
+
 def side_by_side(folder: Path, results: Mapping[str, Any]) -> str:
     """One card per prompt with every model's image from the same noise; empty where the images are gone."""
-    file = folder / IMAGES_FILE
-    if not file.is_file():
-        return ""
-    with np.load(file) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    models = shown_models(results)
-    width = 82 * len(models) + 40
-    cards = [
-        _card(results, models, arrays, position, int(arrays["index"][position]))
-        for position in chosen_prompts(results["prompts"], arrays["index"])
-    ]
-    return f'<div class="cards" style="--card-width: {width}px">{"".join(cards)}</div>'
+    found = Pictures(folder, results)
+    chosen = [found.index[position] for position in chosen_prompts(results["prompts"], found.index)]
+    cards = [card(results, found, i) for i in chosen]
+    return f'<div class="cards" style="--card-width: {found.card_width}px">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(
-    results: Mapping[str, Any], models: Sequence[int], arrays: Mapping[str, np.ndarray], position: int, index: int
-) -> str:
-    prompt = results["prompts"][index]["prompt"]
+def card(results: Mapping[str, Any], found: Pictures, i: int, note: str = "") -> str:
+    """The models' images of prompt i."""
+    prompt = results["prompts"][i]["prompt"]
     cells = []
-    for m in models:
+    for m in found.models:
         model = results["models"][m]
-        mark = verdict_mark(model["images"][index].get("strict"))
-        picture = img(arrays[f"model_{m}"][position], f"{model['name']}: {prompt}")
+        mark = verdict_mark(model["images"][i].get("strict"))
+        picture = img(found.get(m, i), f"{model['name']}: {prompt}")
         cells.append(f"<div>{picture}<span>{mark}{escape(model['name'])}</span></div>")
     trio = f'<div class="trio">{"".join(cells)}</div>'
-    return f'<figure class="card"><figcaption>{escape(prompt)}</figcaption>{trio}</figure>'
+    noted = f"<b>{escape(note)}</b> " if note else ""
+    return f'<figure class="card"><figcaption>{noted}{escape(shortened(prompt))}</figcaption>{trio}</figure>'
+
+
+def shortened(prompt: str) -> str:
+    """A prompt as far as a card has room for it."""
+    return prompt if len(prompt) <= MAX_PROMPT else prompt[: MAX_PROMPT - 1].rstrip() + "…"
 
 
 def verdict_mark(strict: bool | None) -> str:

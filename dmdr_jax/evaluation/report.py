@@ -1,10 +1,9 @@
 """The report: one HTML page that needs nothing beside itself.
 
-The page forbids itself every load from elsewhere by a content security policy.
+About one run, its evaluation or both; or about several runs side by side. The page forbids itself every load from
+elsewhere by a content security policy.
 """
 
-import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,75 +14,59 @@ from typing import Any
 from dmdr_jax import __version__
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation import results as evaluations
+from dmdr_jax.evaluation.comparison import compare_runs
 from dmdr_jax.evaluation.curves import Series, line_chart, series_of
-from dmdr_jax.evaluation.page_style import STYLE
-from dmdr_jax.evaluation.pictures import previews, side_by_side
-from dmdr_jax.evaluation.results import Column
-from dmdr_jax.evaluation.table import MISSING, Estimate, decide, format_estimate
-from dmdr_jax.evaluation.verdict import Finding, caution, describe, findings
-from dmdr_jax.training.metrics import METRICS_FILE, read_metrics
+from dmdr_jax.evaluation.journal import write_text
+from dmdr_jax.evaluation.pictures import previews
+from dmdr_jax.evaluation.runs import Run, active_rewards
+from dmdr_jax.evaluation.sections import Results, details, flat, page, section, sections_of, series_key
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SAMPLES = "samples"
 
-Results = Mapping[str, Any]
 
-
-def write_report(run: Path, evaluation: Path | None, out: Path) -> None:
-    """Writes the page about ``run``, with the evaluation's pictures, table and verdict if there is one.
+def write_report(runs: Path | Sequence[Path], evaluation: Path | None, out: Path) -> None:
+    """Writes the page about ``runs`` (any number), with the evaluation's pictures, table and verdict if there is one.
 
     Raises:
-      UserError: the run or the evaluation is not there.
+      UserError: a run or the evaluation is not there, or neither is named.
     """
-    document = read_run(run)
-    rows = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    opened = [Run.read(run) for run in ([runs] if isinstance(runs, Path) else runs)]
     results = evaluations.read(evaluation) if evaluation else None
-    page = render_page(run, document, rows, evaluation, results, out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    if not opened and results is None:
+        raise UserError("name a run, or an evaluation with --evaluation, or both.")
+    if len(opened) == 1:
+        title, sections = about_run(opened[0], evaluation, results, out)
+    else:
+        title, sections = about_several(opened, evaluation, results)
+    written = datetime.now().astimezone()
+    footer = f"<footer>Written by dmdr_jax {__version__} on {written:%Y-%m-%d %H:%M %Z}.</footer>"
+    write_text(out, page(title, [*sections, footer]))
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """The run's config.json."""
-    file = run / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{file} is missing or damaged: give the workdir of python -m dmdr_jax.train.") from None
-
-
-def render_page(
-    run: Path,
-    document: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    evaluation: Path | None,
-    results: Results | None,
-    out: Path,
-) -> str:
-    """The whole page."""
-    config = document["config"]
+def about_run(run: Run, evaluation: Path | None, results: Results | None, out: Path) -> tuple[str, list[str]]:
+    """Title and sections of the page about one run."""
+    config = run.config
     title = f"A {config['student']['steps']}-step generator from {config['model']}"
-    sections = [
-        header(title, run, config, rows, results),
-        section("Verdict", verdict(results)) if results else "",
-        section("Side by side", pictures(evaluation, results)) if evaluation and results else "",
-        section("Table", tables(results)) if results else "",
-        section("Training", charts(config, rows)),
-        section("As it learned", previews(run / SAMPLES)),
-        section("Going on", commands(run, document, evaluation, results, out)),
-        section("Settings", settings(document, results)),
-        f"<footer>Written by dmdr_jax {__version__} on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.</footer>",
+    return title, [
+        header(title, run.folder, config, run.rows, results),
+        *sections_of(evaluation, results),
+        section("Training", charts(config, run.rows)),
+        section("As it learned", previews(run.folder / SAMPLES)),
+        section("Going on", commands(run.folder, run.document, evaluation, results, out)),
+        section("Settings", settings(run.document, results)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>{''.join(sections)}</main></body></html>\n"
-    )
 
 
-def section(title: str, body: str) -> str:
-    return f"\n<section><h2>{title}</h2>{body}</section>" if body else ""
+def about_several(runs: Sequence[Run], evaluation: Path | None, results: Results | None) -> tuple[str, list[str]]:
+    """Title and sections of the page about several runs, or about an evaluation alone."""
+    title = f"{len(runs)} runs side by side" if runs else f"{len(results['models'])} models side by side"
+    lead = ", ".join(escape(str(run.folder)) for run in runs) or escape(str(evaluation))
+    return title, [
+        f'<h1>{escape(title)}</h1><p class="lead">{lead}</p>',
+        *sections_of(evaluation, results),
+        *compare_runs(runs),
+        section("Settings", evaluation_settings(results) if results else ""),
+    ]
 
 
 def header(
@@ -111,87 +94,6 @@ def header(
         f"the student, keeps the student's images likely under the teacher{with_rewards}. It uses no images.</p>"
         f'<ul class="facts">{items}</ul>'
     )
-
-
-def active_rewards(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {name: reward for name, reward in config["rewards"].items() if reward["weight"]}
-
-
-# --- verdict, pictures, table --------------------------------------------------------------------------------------
-
-
-def verdict(results: Results) -> str:
-    """The findings, each with its outcome."""
-    boxes = [
-        f'<div class="verdict {f.outcome}"><span class="tag">{escape(heading(f))}</span><p>{escape(f.text)}</p></div>'
-        for f in findings(results)
-    ]
-    warning = caution(results)
-    note = (
-        "Computed from paired differences, image by image, on the same prompts and noise; a difference counts beyond "
-        "two standard errors. One run is one draw of the training seed: these errors are those of the evaluation alone."
-    )
-    warned = f"<p><b>{escape(warning)}</b></p>" if warning else ""
-    return "".join(boxes) + warned + f'<p class="note">{note}</p>' if boxes else ""
-
-
-def heading(f: Finding) -> str:
-    return f"{f.model}: {f.outcome} {'against' if f.outcome == 'undecided' else 'than'} {f.other}"
-
-
-def pictures(folder: Path, results: Results) -> str:
-    """The cards with a word on what stands where."""
-    cards = side_by_side(folder, results)
-    models = "; ".join(f"{describe(m)}, {guidance(m)}" for m in results["models"])
-    has_verdict = any(c.key == "strict" for c in results["columns"])
-    marks = " ✓ passes the strict verdict, ✗ fails it." if has_verdict else ""
-    text = f"Same prompt, same noise; the first prompts of each task as they came.{marks} {models}."
-    return f'<p class="note">{escape(text)}</p>{cards}' if cards else ""
-
-
-def guidance(model: Mapping[str, Any]) -> str:
-    return f"guidance {model['guidance']:g}" if model["guidance"] > 1 else "no guidance"
-
-
-def tables(results: Results) -> str:
-    """The table in its groups; differences from the last reference that are decided are marked."""
-    reference = results["compared_with"][-1]
-    groups = list(dict.fromkeys(c.group for c in results["columns"]))
-    parts = [_table(results, group, reference, with_speed=group == groups[0]) for group in groups]
-    legend = (
-        f'<b class="good">▲</b> better, <b class="bad">▼</b> worse than {escape(reference)} beyond two standard errors '
-        "of the paired difference; no mark: undecided, or a measure without a better side."
-    )
-    text = re.sub(r"\*(.+?)\*", r"<em>\1</em>", escape(results["caption"]).replace("`", ""))
-    return f'<p class="note">{text}</p>{"".join(parts)}<p class="note">{legend}</p>'
-
-
-def _table(results: Results, group: str, reference: str, with_speed: bool) -> str:
-    columns = [column for column in results["columns"] if column.group == group]
-    titles = ["model", "NFE", *["images/s"] * with_speed, *(column.title for column in columns)]
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    body = "".join(_table_row(model, columns, reference, with_speed) for model in results["models"])
-    if results["floor"]:
-        body += _table_row(results["floor"], columns, reference, with_speed, kind=' class="floor"')
-    return f'<h3>{escape(group.capitalize())}</h3><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _table_row(
-    model: Mapping[str, Any], columns: Sequence[Column], reference: str, with_speed: bool, kind: str = ""
-) -> str:
-    nfe = MISSING if model["nfe"] is None else model["nfe"]
-    speed = MISSING if model["images_per_second"] is None else f"{model['images_per_second']:.3g}"
-    differences = model["differences"].get(reference, {})
-    cells = [f"<td>{cell}</td>" for cell in [escape(model["name"]), nfe, *[speed] * with_speed]]
-    cells += [_cell(c, model["summary"].get(c.key), differences.get(c.key)) for c in columns]
-    return f"<tr{kind}>{''.join(cells)}</tr>"
-
-
-def _cell(column: Column, value: Estimate | None, difference: Estimate | None) -> str:
-    outcome = decide(difference, column.better) if difference else "undecided"
-    mark = {"better": '<b class="good">▲</b> ', "worse": '<b class="bad">▼</b> '}.get(outcome, "")
-    mean, plus_minus, se = format_estimate(value, column.digits).partition(" ± ")
-    return f"<td>{mark}{mean}{f'<small>±{se}</small>' if plus_minus else ''}</td>"
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -225,9 +127,7 @@ def charts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _chart(title: str, series: Sequence[Series], last: float, mark: tuple[float, str] | None) -> str:
-    names = [f'<i style="background: var(--s{i})"></i>{escape(s.name)}' for i, s in enumerate(series)]
-    key = "".join(f'<span class="key">{name}</span>' for name in names)
-    chart = line_chart(series, title, last, mark)
+    key, chart = series_key(s.name for s in series), line_chart(series, title, last, mark)
     return f'<figure class="chart"><figcaption>{escape(title)}<div>{key}</div></figcaption>{chart}</figure>'
 
 
@@ -261,23 +161,13 @@ def commands(
 
 def settings(document: Mapping[str, Any], results: Results | None) -> str:
     """Configuration, versions and machines, folded away."""
-    parts = [_details("Configuration of the run", _flat(document["config"]))]
+    parts = [details("Configuration of the run", flat(document["config"]))]
     trained = {**document.get("versions", {}), "devices": ", ".join(document.get("devices", []))}
-    parts.append(_details("Versions of the training", trained))
-    if results:
-        environment = {**_flat(results["environment"]), "seconds": results["seconds"], "command": results["command"]}
-        parts.append(_details("The evaluation", environment))
-    return "".join(parts)
+    parts.append(details("Versions of the training", trained))
+    return "".join(parts) + (evaluation_settings(results) if results else "")
 
 
-def _details(title: str, items: Mapping[str, Any]) -> str:
-    text = "\n".join(f"{key} = {value}" for key, value in items.items())
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def evaluation_settings(results: Results) -> str:
+    """Versions, machine and command of an evaluation, folded away."""
+    environment = {**flat(results["environment"]), "seconds": results["seconds"], "command": results["command"]}
+    return details("The evaluation", environment)

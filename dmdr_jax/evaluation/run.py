@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluate import DEFAULT_JUDGE, DEFAULT_REWARDS
@@ -18,6 +17,7 @@ from dmdr_jax.evaluation.environment import command, describe_environment
 from dmdr_jax.evaluation.folder_scores import score_folder
 from dmdr_jax.evaluation.gallery import Order
 from dmdr_jax.evaluation.geneval import judge_detections_file
+from dmdr_jax.evaluation.images import to_uint8, write_image
 from dmdr_jax.evaluation.prompt_eval import evaluate_prompts
 from dmdr_jax.evaluation.questions import Questions
 from dmdr_jax.evaluation.results import Measured
@@ -60,20 +60,17 @@ def evaluate_world(args: Any, entries: list[Entry], ask: Questions) -> str:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
+    drawn = _draw_all(args, ask, entries, models, recipes)
     references = {"renders": shapes_eval.reference_features(ask.world, ask.records)}
     measured: dict[str, Measured] = {}
-    rows, pictures = [], []
-    for entry, model, recipe in zip(entries, models, recipes):
-        images, speed = _draw(args, ask, entry, model, recipe)
+    rows = []
+    for entry, model, recipe, (images, speed) in zip(entries, models, recipes, drawn):
         measured[entry.name] = measure(ask, images, references, scorers)
         references.setdefault("teacher", frechet_features(images))
         rows.append(model_row(entry, model, recipe) | {"images_per_second": speed})
-        pictures.append(images[_kept(len(images), args.keep)])
-        Image.fromarray(image_grid(images[_kept(len(images), GRID_IMAGES)])).save(out / f"{entry.name}.png")
     compared_with = list(dict.fromkeys([entries[0].name, args.baseline or entries[0].name]))
     for row in rows:
         row |= _summaries(ask, measured, row["name"], compared_with)
-    _save_images(out, pictures, _kept(len(ask.records), args.keep))
     results = {
         "title": "Evaluation",
         "caption": caption(ask, args, entries[0].name),
@@ -87,7 +84,10 @@ def evaluate_world(args: Any, entries: list[Entry], ask: Questions) -> str:
         "models": rows,
         "floor": _floor(ask, references, scorers),
     }
-    files.write(out, results)
+    if Shard.make(args.shard).index == 0 or args.shard:
+        _save_pictures(out, [entry.name for entry in entries], [images for images, _ in drawn], args.keep)
+        files.write(out, results)
+    wait_for_others("written")
     return (out / files.TABLE_FILE).read_text(encoding="utf-8")
 
 
@@ -140,6 +140,21 @@ def caption(ask: Questions, args: Any, teacher: str) -> str:
 # --- drawing and measuring -----------------------------------------------------------------------------------------
 
 
+def _draw_all(
+    args: Any, ask: Questions, entries: list[Entry], models: list[Model], recipes: list[Recipe]
+) -> list[tuple[np.ndarray, float | None]]:
+    """`_draw` for every model; this process's part of all of them is done before others are waited for."""
+    drawn, waiting = [], []
+    for entry, model, recipe in zip(entries, models, recipes):
+        try:
+            drawn.append(_draw(args, ask, entry, model, recipe))
+        except OthersAtWork as others:
+            waiting.append(others)
+    if waiting:
+        raise waiting[0]
+    return drawn
+
+
 def _draw(args: Any, ask: Questions, entry: Entry, model: Model, recipe: Recipe) -> tuple[np.ndarray, float | None]:
     """Images ``[n, h, w, 3]`` in [0, 1] and images per second; OthersAtWork while other processes owe some."""
     order = Order(ask.prompts, ask.seeds, ask.size(model), args.seed)
@@ -182,7 +197,11 @@ def _kept(n: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(n, count)).round().astype(int))
 
 
-def _save_images(out: Path, pictures: list[np.ndarray], index: np.ndarray) -> None:
-    """``images.npz``: ``index`` of the prompts, and ``model_i`` uint8 ``[k, h, w, 3]`` in the table's order."""
-    named = {f"model_{i}": np.round(images * 255).astype(np.uint8) for i, images in enumerate(pictures)}
+def _save_pictures(out: Path, names: list[str], drawn: list[np.ndarray], keep: int) -> None:
+    """A grid for each model, and ``images.npz``: ``index`` of the prompts, ``model_i`` uint8 ``[k, h, w, 3]``."""
+    for name, images in zip(names, drawn):
+        grid = image_grid(images[_kept(len(images), GRID_IMAGES)])
+        write_image(out / f"{name}.png", grid)
+    index = _kept(len(drawn[0]), keep)
+    named = {f"model_{i}": to_uint8(images[index]) for i, images in enumerate(drawn)}
     np.savez_compressed(out / files.IMAGES_FILE, index=index, **named)

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dmdr_jax.evaluation.overoptimisation import GAP, HELD_OUT, TRAINED, Thresholds
 from dmdr_jax.evaluation.results import Column
-from dmdr_jax.evaluation.table import DECISIVE, decide, format_estimate
+from dmdr_jax.evaluation.table import DECISIVE, Estimate, decide, format_estimate
 
 PRIMARY = ("strict", "judge/", "reward/")
 """The measure that decides, by the beginning of its key: the first of these that the table has."""
@@ -62,8 +63,8 @@ def finding(columns: Sequence[Column], model: Mapping[str, Any], other: Mapping[
     differences = model["differences"][other["name"]]
     outcome = decide(differences[main.key], main.better)
     names = f"{describe(model)} against {describe(other)}"
-    values = " against ".join(f"{m['summary'][main.key].mean:.{main.digits}f}" for m in (model, other))
-    change = format_estimate(differences[main.key], main.digits, signed=True)
+    values = " against ".join(f"{main.times * m['summary'][main.key].mean:.{main.digits}f}" for m in (model, other))
+    change = format_estimate(differences[main.key], main.digits, signed=True, times=main.times)
     sentences = [
         f"{names}: {_WORDS[outcome]} on the {_measure(main)}, {values}, a paired difference of {change}.",
         *_others(columns, main, differences),
@@ -80,7 +81,9 @@ _WORDS = {
 
 
 def describe(model: Mapping[str, Any]) -> str:
-    """Name, steps and network evaluations."""
+    """Name, steps and network evaluations; of images drawn elsewhere the name alone."""
+    if model["grid"] is None:
+        return model["name"]
     steps = len(model["grid"]) - 1
     return f"{model['name']} ({steps} {'step' if steps == 1 else 'steps'}, {model['nfe']} NFE)"
 
@@ -93,7 +96,8 @@ def _others(columns: Sequence[Column], main: Column, differences: Mapping[str, A
     """What the other measures say, the single tasks left out."""
     outcomes: dict[str, list[str]] = {}
     for column in columns:
-        if column.key != main.key and not column.key.startswith("strict/") and column.key in differences:
+        single_task = column.key.startswith("strict/") or "@" in column.key
+        if column.key != main.key and not single_task and column.key in differences:
             outcomes.setdefault(decide(differences[column.key], column.better), []).append(column.title)
     parts = [f"{word}: {', '.join(outcomes[word])}" for word in _ORDER if word in outcomes]
     return [f"Of the other measures, {'; '.join(parts)}."] if parts else []
@@ -107,8 +111,10 @@ def _alarms(
 ) -> list[str]:
     """Reward hacking, as far as the table can see it."""
     better = {c.key: c.better for c in columns}
-    rose = [k for k in differences if k.startswith("reward/") and decide(differences[k], better.get(k, 1)) == "better"]
-    fell = [k for k in ("strict",) if k in differences and decide(differences[k], 1) == "worse"]
+    whole = [k for k in differences if "@" not in k]
+    rose = [k for k in whole if k.startswith(TRAINED) and decide(differences[k], better.get(k, 1)) == "better"]
+    fell = ["the strict verdict fell"] * ("strict" in whole and decide(differences["strict"], 1) == "worse")
+    fell += ["held-out rewards fell"] * any(k.startswith(HELD_OUT) and _worse(differences[k]) for k in whole)
     lost = [
         key
         for key in ENTROPIES
@@ -118,11 +124,18 @@ def _alarms(
     ]
     alarms = []
     if rose and (fell or lost):
-        signs = ["the strict verdict fell"] * bool(fell) + ["diversity collapsed"] * bool(lost)
+        signs = fell + ["diversity collapsed"] * bool(lost)
         alarms.append(f"A trained reward rose while {' and '.join(signs)}: this is what reward hacking looks like.")
     elif lost:
         alarms.append("Diversity collapsed.")
+    gap = differences.get(GAP)
+    if gap is not None and gap.mean > Thresholds().gap and _worse(gap, -1):
+        alarms.append(f"Trained rewards are {gap.mean:.2f} standard deviations further ahead of held-out ones.")
     return alarms
+
+
+def _worse(difference: Estimate, better: int = 1) -> bool:
+    return decide(difference, better) == "worse"
 
 
 def caution(results: Mapping[str, Any]) -> str:

@@ -145,13 +145,15 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Every key of the run's configuration that is not as in `configs/base.py`."""
+    """Every key of the run's configuration that is not as in `configs/base.py`; a reward's beside `base.reward`'s."""
     if not job.row.config:
         return {}
     from configs import base
 
-    plain_config, config = dict(cli.config_keys(base.get_config())), dict(cli.config_keys(job.config))
-    return plain({key: value for key, value in config.items() if plain_config.get(key) != value})
+    config, defaults = job.config, dict(cli.config_keys(base.get_config()))
+    for name in config.get("rewards", {}):
+        defaults |= dict(cli.config_keys(base.reward("", None), f"rewards.{name}."))
+    return plain({key: value for key, value in cli.config_keys(config) if defaults.get(key) != value})
 
 
 def cost_of(job: Job) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def monitor_table(lines: Sequence[Line]) -> str:
         [column_of(key).title, *(", ".join(_fall(record, key) for record in line.records) for line in watched)]
         for key in keys
     ]
-    return markdown_table(["fell for good at step", *(line.row.name for line in watched)], body)
+    return markdown_table(["worse for good from step", *(line.row.name for line in watched)], body)
 
 
 def _fall(record: Record, key: str) -> str:

@@ -74,9 +74,14 @@ class TargetPreference:
 
 
 def nft_loss(x: Array, old: Array, target: Array, r: Array, beta: float) -> Array:
-    """(2), averaged over everything; gradient flows to ``x`` alone. ``r`` is ``[b]``, the others ``[b, h, w, c]``."""
-    old, target = jax.lax.stop_gradient((old, target))
-    positive = (1.0 - beta) * old + beta * x
-    negative = (1.0 + beta) * old - beta * x
-    r = r[:, None, None, None]
-    return (r * (positive - target) ** 2 + (1.0 - r) * (negative - target) ** 2).mean()
+    """(2), averaged over everything; gradient flows to ``x`` alone. ``r`` is ``[b]``, the others ``[b, h, w, c]``.
+
+    The gradient is given in its reduced form, so that at r = 1/2 and x = x_old it is 0 and not the difference of two
+    equal numbers: with equal rewards the update is distribution matching's bit for bit.
+    """
+    now, old, target, r = jax.lax.stop_gradient((x, old, target, r[:, None, None, None]))
+    positive = (1.0 - beta) * old + beta * now
+    negative = (1.0 + beta) * old - beta * now
+    value = (r * (positive - target) ** 2 + (1.0 - r) * (negative - target) ** 2).mean()
+    gradient = 2.0 * beta * ((2.0 * r - 1.0) * (old - target) + beta * (now - old)) / x.size
+    return value + (gradient * (x - now)).sum()

@@ -33,6 +33,12 @@ FOLDER = "checkpoints"  # of a workdir
 _STATE, _META = "state", "meta"  # items of a step
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: jax counts such questions, and the run asks them itself (`dmdr_jax.training.runtime.Stop`)."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -43,7 +49,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, keep_every: int | None = None):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = disk.absolute(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; checkpoints need a directory, so move it or name another")
         policies: list[Any] = [checkpoint_managers.LatestN(max(keep, 1))]
@@ -54,7 +60,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a killed run left half written
         )
         with self._writing():
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
         self._saved = self.latest()
 
     def latest(self) -> int | None:
@@ -169,7 +175,7 @@ def _read_fields(folder: epath.Path, fields: Sequence[str]) -> dict[str, Tree]:
 
 def find_step(path: epath.PathLike) -> epath.Path:
     """The step folder that `path` means: itself, or the latest of a checkpoints folder or workdir."""
-    path = epath.Path(path).absolute()
+    path = disk.absolute(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; check the path")
     if _is_step(path):

@@ -24,6 +24,7 @@ from dmdr_jax.objectives.adversarial import Adversarial
 from dmdr_jax.objectives.anchor import Anchor
 from dmdr_jax.objectives.augmentation import AdvantageAugmentation
 from dmdr_jax.objectives.base import (
+    DM_REWARD,
     FAKE_ON_ROLLOUT,
     GROUPS,
     LAST_STEP,
@@ -82,8 +83,10 @@ def _start(specs: Specs) -> int:
 
 
 def _dm(config: Any, **own: Any) -> DistributionMatching | None:
-    weight = own.pop("weight", config.dm.weight)
-    return DistributionMatching(weight, **own) if weight else None
+    weight, extra = own.pop("weight", config.dm.weight), own.pop("extra", frozenset())
+    if config.dm.form == "prompt_group":
+        extra |= {GROUPS}
+    return DistributionMatching(weight, extra=extra, **own) if weight else None
 
 
 def _cold_start(config: Any, specs: Specs) -> DistributionMatching | None:
@@ -287,6 +290,10 @@ def _check(config: Any, needs: frozenset[str], simulation: Simulation, denoiser:
             )
     if config.dm.form == "boundary" and kernel.family != "cps":
         raise UserError(f"config.dm.form=boundary needs the kernel ode, renoise or cps(eta), not {kernel}.")
+    if DM_REWARD in needs and config.dm.form != "plain":
+        raise UserError(
+            f"config.gndm.mode=scalar judges whole samples: leave config.dm.form plain, not {config.dm.form}."
+        )
     if config.dm.form == "boundary" and TARGETS in needs:
         raise UserError("config.dm.form=boundary matches latents, which GDMD cannot decode: take plain or split.")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -22,8 +23,22 @@ _FULL_TEXTS = ("no space left on device", "disk quota exceeded")  # of libraries
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path lies in an object store."""
-    return str(epath.Path(path)).startswith(STORE)
+    """Whether a path lies in the object store."""
+    return os.fspath(path).startswith(STORE)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that does not depend on the current folder.
+
+    Raises:
+      UserError: it is a URL of a kind that cannot be written.
+    """
+    text = os.fspath(path)
+    if is_remote(text):
+        return epath.Path(text)  # whose own `absolute` would put it into the current folder
+    if re.match(r"[a-z0-9]+:/", text):
+        raise UserError(f"{text} is no place to write to; give a local folder, or one in {STORE}")
+    return epath.Path(text).absolute()
 
 
 def make_folder(folder: epath.PathLike) -> None:
@@ -32,12 +47,10 @@ def make_folder(folder: epath.PathLike) -> None:
     Raises:
       UserError: it cannot be made, or it is a URL of a kind that cannot be written.
     """
-    scheme = re.match(r"[a-z0-9]+:/+", str(folder))
-    if scheme and not is_remote(folder):
-        raise UserError(f"{folder} is no place to write to; give a local folder, or one in {STORE}")
+    folder = absolute(folder)
     with writing(f"make the folder {folder}"):
         try:
-            epath.Path(folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except ImportError as error:  # fsspec names the package
             raise UserError(f"{folder} cannot be reached: {error}") from error
 

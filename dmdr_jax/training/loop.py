@@ -22,7 +22,8 @@ from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.preview import Preview
-from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report
+from dmdr_jax.training.real_images import load_real
+from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report, save
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
 
@@ -33,14 +34,17 @@ SHOWN = ("dm/score_gap", "fake/loss", "reward/loss")
 """The three numbers on the console."""
 
 
-def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = runtime.never) -> TrainState:
+def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = runtime.never) -> TrainState | None:
     """Runs (or goes on with) the run of ``config`` in ``workdir``; returns the last state.
 
     Args:
       workdir: a local folder, or a URL such as gs://bucket/runs/first.
       stop: asked at every step whether to save and return before the next; see `dmdr_jax.training.runtime`.
+
+    Returns:
+      None where it was stopped in the stage before the run (`dmdr_jax.training.ode`).
     """
-    workdir = epath.Path(workdir)
+    workdir = disk.absolute(workdir)
     setup.check(config)
     config = methods.resolve(config)
     skips = setup.choice("config.on_nonfinite", config.on_nonfinite, ON_NONFINITE) == "skip"
@@ -60,7 +64,10 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     generator = None
     if config.ode.steps and checkpoints.latest() is None:
         text = make_encoder(config, pipeline, plan, (), layout)
-        generator = ode.pretrain(config, pipeline, plan, frozen, prompts, text, layout, preview, meta, workdir)
+        generator = ode.pretrain(config, pipeline, plan, frozen, prompts, text, layout, preview, meta, workdir, stop)
+        if generator is None:
+            checkpoints.close()
+            return None
     make = partial(setup.make_state, config, pipeline.family, plan)
     state = setup.latest_or_new(make, (frozen.base, generator), checkpoints, meta, layout)
     del generator  # the state has its own copy
@@ -102,12 +109,6 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
                 save(step, state, meta, writer, checkpoints)
             progress.note(f"stopped by SIGTERM after step {step}; the same command goes on from there")
     return state
-
-
-def save(step: int, state: TrainState, meta: dict[str, Any], writer: MetricWriter, checkpoints: Checkpoints) -> None:
-    """Begins to save; the curves that lead to ``step``, which a resumed run does not draw again, come first."""
-    writer.flush()
-    checkpoints.save(step, state, meta)
 
 
 def generator_turn(n: int, fake_updates: int) -> bool:
@@ -153,6 +154,7 @@ def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward
         vae=setup.reward_decoder(pipeline.params),
         rewards={reward.spec.name: layout.replicate(reward.params) for reward in rewards},
         uncond=layout.replicate(encoded),
+        real=layout.replicate(load_real(config, pipeline, plan)),
     )
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -24,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from dmdr_jax.data.prompts import PromptStream
+from dmdr_jax.diffusers_io.components import SDXL
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.diffusion.sampler import sample
@@ -33,21 +34,23 @@ from dmdr_jax.distill.regression import LOSSES, regression_input, squared_error
 from dmdr_jax.generate import Recipe, teacher_recipe
 from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.rewards.feature_cache import on_host
-from dmdr_jax.training import setup
+from dmdr_jax.training import runtime, setup
 from dmdr_jax.training.checkpoints import FOLDER as CHECKPOINTS
 from dmdr_jax.training.checkpoints import Checkpoints
+from dmdr_jax.training.fake import apply_gradients
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.ode_pairs import PairStore
+from dmdr_jax.training.plan import Batch, Frozen, Plan, generator_weights
 from dmdr_jax.training.preview import Preview
-from dmdr_jax.training.reporting import report
+from dmdr_jax.training.reporting import report, save
 from dmdr_jax.training.state import ema_update
-from dmdr_jax.training.step import Batch, Frozen, Plan, apply_gradients, generator_weights
 
 Array = jax.Array
 Tree = Any
 Metrics = dict[str, Array]
 Encode = Callable[[Sequence[str]], Batch]
+Stop = Callable[[int], bool]
 
 FOLDER = "ode"  # of a workdir
 SHOWN = ("ode/loss", "ode/error")
@@ -140,14 +143,19 @@ def pretrain(
     layout: Layout,
     preview: Preview,
     meta: dict[str, Any],
-    workdir: Path,
-) -> Tree:
-    """Runs the stage, or what is left of it, and returns the averaged student, a tree like TrainState's generator.
+    workdir: epath.Path,
+    stop: Stop = runtime.never,
+) -> Tree | None:
+    """Runs the stage, or what is left of it.
 
     Args:
       prompts: of the run; pair j has the j-th in the order in which a run visits them.
       encode: prompts to a `Batch` on the devices.
       meta: of the run's checkpoints. The stage's own say the same, so that one can draw with them.
+      stop: asked at every step whether to keep what is done and return before the next.
+
+    Returns:
+      The averaged student, a tree like TrainState's generator; None where it was stopped before the end.
 
     Raises:
       UserError: the folder ode/ holds another setting's pairs or student, something in it is damaged, the disk is
@@ -160,11 +168,13 @@ def pretrain(
     meta = {**meta, "model": {**meta["model"], "ode_pairs": document}}
     with Checkpoints(folder / CHECKPOINTS, keep=config.checkpoint.keep) as checkpoints:
         unfinished = (checkpoints.latest() or 0) < config.ode.steps
-        if unfinished:
-            draw_pairs(stage, pairs, frozen, config.ode.batch)
+        if unfinished and not draw_pairs(stage, pairs, frozen, config.ode.batch, stop):
+            return None
         make = partial(first_state, config, pipeline.family, stage)
         state = setup.latest_or_new(make, (frozen.base,), checkpoints, meta, layout)
-        state = regress(config, stage, state, pairs, frozen, checkpoints, meta)
+        state = regress(config, stage, state, pairs, frozen, checkpoints, meta, stop)
+    if int(state.step) < config.ode.steps:
+        return None
     if unfinished or not (preview.folder / f"{FOLDER}.png").exists():
         with MetricWriter(folder, int(state.step)) as writer:
             preview.student(writer, int(state.step), state.ema, frozen, FOLDER)
@@ -180,6 +190,7 @@ def describe_pairs(
         "teacher_checksum": meta["model"]["teacher_checksum"],
         "seed": stage.seed,
         "prompts": [len(prompts), zlib.crc32(repr(list(prompts)).encode())],
+        "t5_length": None if pipeline.denoiser == SDXL.denoiser else config.t5_length,
         "teacher_steps": len(stage.recipe.grid) - 1,
         "guidance": stage.recipe.guidance,
         "uncond": "zeros" if setup.zero_uncond(config, pipeline) else "empty",
@@ -209,22 +220,32 @@ def teacher_latents(stage: Stage, base: Tree, uncond: Conditioning, pair: Array,
     return sample(output_fn, denoiser.process, recipe.kernel, first, recipe.grid, stage.key("kernel", 0))
 
 
-def draw_pairs(stage: Stage, pairs: Pairs, frozen: Frozen, batch: int) -> None:
-    """Draws what the store lacks, a shard per batch; while one is written the next is being drawn."""
+def draw_pairs(stage: Stage, pairs: Pairs, frozen: Frozen, batch: int, stop: Stop = runtime.never) -> bool:
+    """Draws what the store lacks, a shard per batch; while one is written the next is being drawn.
+
+    Returns:
+      Whether all are there, for every process to read; False where it was told to stop.
+    """
     total, store = len(pairs), pairs.store
     if len(store) >= total:
-        return
+        return True
     draw = jax.jit(partial(teacher_latents, stage))
     with Progress(total, len(store), unit="pair") as progress:
         recipe = f"{len(stage.recipe.grid) - 1} steps, guidance {stage.recipe.guidance:g}"
         progress.note(f"ode: the teacher draws {total} pairs ({recipe}) into {store.folder}, from pair {len(store)}")
         pending = None
         for first in range(len(store), total, batch):
+            if stop(first):
+                break
             indices = np.minimum(np.arange(first, first + batch), total - 1)  # the last batch is filled up
             latents = draw(frozen.base, frozen.uncond, *pairs.inputs(indices))
             _keep(pending, store, total, progress)
             pending = latents
         _keep(pending, store, total, progress)
+        if len(store) < total:
+            progress.note(f"stopped by SIGTERM after pair {len(store)}; the same command goes on from there")
+    runtime.sync("the teacher's pairs")
+    return len(store) >= total
 
 
 def _keep(latents: Array | None, store: PairStore, total: int, progress: Progress) -> None:
@@ -267,18 +288,25 @@ def regress(
     frozen: Frozen,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
+    stop: Stop = runtime.never,
 ) -> OdeState:
-    """From ``state`` to ``config.ode.steps`` updates, with checkpoints and curves on the way."""
+    """From ``state`` to ``config.ode.steps`` updates or to where it is stopped, with checkpoints and curves."""
     start, steps = int(state.step), config.ode.steps
     update = jax.jit(partial(ode_step, stage), donate_argnums=0)
     order = PromptStream(pairs.prompts, config.ode.batch, config.seed)  # of the pairs, as of a run's prompts
     with MetricWriter(pairs.store.folder, start) as writer, Progress(steps, start, SHOWN) as progress:
         progress.note(f"ode: regression on {len(pairs)} pairs, from step {start} of {steps}")
-        pending = None
-        for step in range(start + 1, steps + 1):
-            state, metrics = update(state, frozen.base, pairs.batch(order.indices(step - 1)))
+        pending, step, stopped = None, start, False
+        while step < steps and not (stopped := stop(len(pairs) + step)):
+            state, metrics = update(state, frozen.base, pairs.batch(order.indices(step)))
+            step += 1
             pending = report(pending, writer, progress, checkpoints, then=(step, [metrics]))
             if step % config.checkpoint.every == 0 or step == steps:
                 pending = report(pending, writer, progress, checkpoints)
-                checkpoints.save(step, state, meta)
+                save(step, state, meta, writer, checkpoints)
+        report(pending, writer, progress, checkpoints)
+        if stopped:
+            if step > start:
+                save(step, state, meta, writer, checkpoints)
+            progress.note(f"stopped by SIGTERM after step {step}; the same command goes on from there")
     return state

@@ -6,17 +6,16 @@ and followed by the one that starts where it ends. A shard gets its name when it
 moment costs the shard under way. ``pairs.json`` says what the pairs were drawn with.
 """
 
+import io
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from etils import epath
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.training import disk
+from dmdr_jax.training import disk, runtime
 
 DOCUMENT = "pairs.json"
 
@@ -24,8 +23,10 @@ DOCUMENT = "pairs.json"
 class PairStore:
     """The latents of pairs 0, 1, ... in the order in which they are drawn.
 
+    Of several processes all know what is there, and the first writes.
+
     Args:
-      folder: made if absent.
+      folder: a local folder or one in an object store; made if absent.
       document: everything that the pairs depend on, in JSON's types.
       shape: ``(h, w, c)`` of a pair's latents.
 
@@ -33,11 +34,10 @@ class PairStore:
       UserError: the folder holds pairs of another document, or a shard that cannot be read.
     """
 
-    def __init__(self, folder: Path, document: Mapping[str, Any], shape: tuple[int, int, int]):
-        self.folder, self.shape = folder, tuple(shape)
-        with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: epath.PathLike, document: Mapping[str, Any], shape: tuple[int, int, int]):
+        self.folder, self.shape = epath.Path(folder), tuple(shape)
         self._agree(json.loads(json.dumps(document)))
+        self._fetched: dict[str, np.ndarray] = {}  # from an object store, which is asked for a shard once
         self._ends: list[int] = []  # of every shard: the index of the pair after its last
         while (path := self._path(len(self))).exists():
             self._ends.append(len(self) + len(self._open(path)))
@@ -58,7 +58,9 @@ class PairStore:
                 f"the teacher's latents of pairs {len(self)} to {last - 1} are not finite: take a smaller "
                 "config.ode.guidance, or config.compute_dtype=float32."
             )
-        self._write(self._path(len(self)), lambda file: np.save(file, np.asarray(latents, np.float32)))
+        shard = io.BytesIO()
+        np.save(shard, np.asarray(latents, np.float32))
+        self._write(self._path(len(self)), shard.getvalue())
         self._ends.append(last)
 
     def latents(self, pairs: np.ndarray) -> np.ndarray:
@@ -71,13 +73,16 @@ class PairStore:
             found[rows] = self._open(self._path(first))[pairs[rows] - first]
         return found
 
-    def _path(self, first: int) -> Path:
+    def _path(self, first: int) -> epath.Path:
         return self.folder / f"latents_{first:07d}.npy"
 
-    def _open(self, path: Path) -> np.ndarray:
-        """A shard, mapped and not read; the map goes with the array, so that no number of shards is too large."""
+    def _open(self, path: epath.Path) -> np.ndarray:
+        """A shard; on a disk mapped and not read, and closed with the array, so that there may be any number."""
+        if path.name in self._fetched:
+            return self._fetched[path.name]
+        remote = disk.is_remote(path)
         try:
-            shard = np.load(path, mmap_mode="r")
+            shard = np.load(io.BytesIO(path.read_bytes())) if remote else np.load(path, mmap_mode="r")
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run the same command again.") from error
         if shard.shape[1:] != self.shape or shard.dtype != np.float32 or not len(shard):
@@ -85,17 +90,18 @@ class PairStore:
                 f"{path} holds {shard.dtype}{list(shard.shape)} and not float32[n, {', '.join(map(str, self.shape))}]; "
                 "delete it and run the same command again."
             )
+        if remote:
+            self._fetched[path.name] = shard
         return shard
 
     def _agree(self, document: dict[str, Any]) -> None:
         """Writes the document, or compares it with the one that is there."""
         path = self.folder / DOCUMENT
         if not path.exists():
-            text = json.dumps(document, indent=2).encode()
-            self._write(path, lambda file: file.write(text))
+            self._write(path, json.dumps(document, indent=2).encode())
             return
         try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))
+            there = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {self.folder} to draw its pairs anew.") from error
         for key in {**document, **there}:
@@ -106,15 +112,6 @@ class PairStore:
                     "another workdir."
                 )
 
-    def _write(self, path: Path, write: Any) -> None:
-        """Whole or not at all, also where several processes share the disk and write the same bytes."""
-        temporary = path.with_name(f"{path.name}.{jax.process_index()}.tmp")
-        with self._writing():
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-
-    def _writing(self):
-        return disk.writing(f"write teacher pairs in {self.folder}", lambda: "the shards before it are whole")
+    def _write(self, path: epath.Path, content: bytes) -> None:
+        if runtime.is_first():
+            disk.write_file(path, content)

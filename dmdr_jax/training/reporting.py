@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -75,6 +76,12 @@ def report(
     writer.scalars(step, numbers)
     progress.update(step, numbers)
     return then
+
+
+def save(step: int, state: Any, meta: dict[str, Any], writer: MetricWriter, checkpoints: Checkpoints) -> None:
+    """Begins to save; the curves that lead to ``step``, which a resumed run does not draw again, come first."""
+    writer.flush()
+    checkpoints.save(step, state, meta)
 
 
 def _means(updates: list[dict[str, jax.Array]]) -> dict[str, float]:

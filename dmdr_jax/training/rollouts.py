@@ -11,10 +11,12 @@ from dmdr_jax.diffusion.sampler import Trajectory
 from dmdr_jax.distill.simulate import StudentInput
 from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.objectives.base import (
+    FAKE_ON_ROLLOUT,
     GROUPS,
     LAST_STEP,
     PAIRS,
     SAMPLE_NEEDS,
+    TARGETS,
     TRANSITIONS,
     PairErrors,
     Pairs,
@@ -54,7 +56,7 @@ def roll_out(plan: Plan, needs: frozenset[str], student: Weights, cond: Conditio
     def output_fn(z: Array, t: Array) -> Array:
         return plan.denoiser.output(student, z, t, cond)
 
-    if not needs & SAMPLE_NEEDS:
+    if not needs & SAMPLE_NEEDS and (FAKE_ON_ROLLOUT not in needs or TARGETS in needs):
         given = simulation.student_input(output_fn, plan.denoiser.process, noise, key, False, group, last)
         return Rollout(jax.lax.stop_gradient(given))
     chosen = choose_steps(plan, keys("policy/steps")) if needs & {TRANSITIONS, PAIRS} else None

@@ -158,27 +158,36 @@ def join(place: Place | None, timeout: int = JOIN_SECONDS, heartbeat: int = HEAR
       OthersLost: they did not come in time, or others came than were expected.
     """
     if place is not None:
-        try:
-            jax.distributed.initialize(
-                place.coordinator,
-                place.processes,
-                place.process_id,
-                initialization_timeout=timeout,
-                heartbeat_timeout_seconds=heartbeat,
-                shutdown_timeout_seconds=LEAVE_SECONDS,
-            )
-        except Exception as error:  # of many kinds: sockets, name servers, metadata, jax's own
-            where = f" through {place.coordinator}" if place.coordinator else ""
-            raise OthersLost(
-                f"this process could not join the {place.processes} processes of its run{where} within {timeout} s"
-                f" ({first_line(error)}); start all of them, each with the same command and its own number."
-            ) from error
+        _initialize(place, timeout, heartbeat)
     expected, found = 1 if place is None else place.processes, jax.process_count()
     if found != expected:
         raise OthersLost(
             f"the devices are those of {found} processes, and {expected} were expected; start one on every host, with"
             f" {ADDRESS}, {COUNT} and {INDEX} where they do not find each other by themselves."
         )
+
+
+def _initialize(place: Place, timeout: int, heartbeat: int) -> None:
+    where = f" through {place.coordinator}" if place.coordinator else ""
+    failed = f"this process could not join the {place.processes} processes of its run{where}"
+    mend = "start all of them, each with the same command and its own number"
+    # jax would abort the process in the end, with many words.
+    alarm = threading.Timer(timeout, _exit, (FAILED, f"error: {failed} within {timeout} s; {mend}."))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process_id,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
+    except Exception as error:  # of many kinds: sockets, name servers, metadata, jax's own
+        raise OthersLost(f"{failed} ({first_line(error)}); {mend}.") from error
+    finally:
+        alarm.cancel()
 
 
 # --- stopping ------------------------------------------------------------------------------------------------------
@@ -191,16 +200,23 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked, self._calls = False, 0
         # Of several processes jax's own listens: see `jax.distributed.initialize`.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop before the step after ``step``; the same in all processes, which ask about every step."""
+        """Whether to stop before the step after ``step``; the same in all processes, which all ask equally often."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # The processes agree on one of the numbers that they pass here, the next that none has passed yet.
+            self._calls += 1
+            self._asked = self._asked or multihost_utils.reached_preemption_sync_point(self._calls)
         return self._asked
+
+    def rest(self) -> None:
+        """To the very end: Python takes its own handlers away some time before the process is gone."""
+        if signal.getsignal(signal.SIGTERM) == self._ask:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -234,8 +250,10 @@ def joined(
     place = find_place(coordinator, processes, process_id, os.environ)
     try:
         join(place, timeout, heartbeat)
-        yield Stop()
+        stop = Stop()
+        yield stop
         sync("the end of the run")
+        stop.rest()
     except OthersLost as error:
         _exit(FAILED, f"error: {error}")
     except BaseException as error:

@@ -159,9 +159,12 @@ def score_images(plan: Plan, frozen: Frozen, x0: Array, batch: Batch) -> tuple[A
 def feature_sets(
     plan: Plan, frozen: Frozen, x0: Array, reference_x0: Array | None, cond: Conditioning, key: Array
 ) -> FeatureSets:
-    """Features of the student's and the reference's x0 in the frozen base, equal noise; gradient flows to ``x0``."""
+    """Features of the student's and the reference's x0 in the frozen base; gradient flows to ``x0``.
+
+    All rows have one noise, so that only what they show keeps them apart.
+    """
     spec, process = plan.method.features, plan.denoiser.process
-    noise = jax.random.normal(key, x0.shape, jnp.float32)
+    noise = jnp.broadcast_to(jax.random.normal(key, x0.shape[1:], jnp.float32), x0.shape)
     t = process.snap(jnp.full((cond.batch,), spec.time, jnp.float32))
 
     def features(x: Array) -> dict[str, Array]:

@@ -48,7 +48,7 @@ def test_raw_values_in_the_order_of_the_files(given):
 
 def test_a_count_that_does_not_match_is_one_sentence(given):
     write_prompts(given / "prompts.txt", N + 1)
-    with pytest.raises(UserError, match="pictures holds 5 images and .*prompts.txt has 6 prompts") as error:
+    with pytest.raises(UserError, match=r"pictures holds 5 images and .*prompts\.txt has 6 prompts") as error:
         run(given)
     assert "\n" not in str(error.value)
     assert scored_prompts(given / "scorers.py") == []

@@ -28,7 +28,7 @@ def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path):
     grey = PICTURE[..., 0]
     Image.fromarray(grey).save(tmp_path / "grey.png")
     assert np.array_equal(read_image(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, -1))
-    Image.fromarray((grey.astype(np.uint16) * 257)).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert np.array_equal(read_image(tmp_path / "deep.png")[..., 1], grey)
     Image.fromarray(np.dstack([PICTURE, grey])).save(tmp_path / "clear.png")
     assert np.array_equal(read_image(tmp_path / "clear.png"), PICTURE)

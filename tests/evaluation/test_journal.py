@@ -73,7 +73,7 @@ def test_a_file_is_replaced_whole(tmp_path):
 @pytest.mark.parametrize("n", [0, 1, 7, 8])
 def test_parts_cover_everything_once(n):
     parts = [Shard.make(f"{i}/3").rows(n).tolist() for i in range(3)]
-    assert sorted(sum(parts, [])) == list(range(n))
+    assert sorted(row for part in parts for row in part) == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

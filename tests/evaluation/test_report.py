@@ -59,7 +59,7 @@ def test_page_shows_pictures_curves_table_and_commands(run, evaluation, tmp_path
     html = page(run, evaluation, tmp_path)
     assert html.count('class="card"') > 15  # up to four prompts of each of six tasks; some have fewer
     assert html.count('class="small') >= 3 * html.count('class="card"')
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4  # three curves, and bars of the tasks
     assert html.count("rewards set in") == 3
     assert re.search(r"<td>student</td><td>2</td>.*0\.\d+<small>±0\.\d+</small>", html)
     for program in ("train", "sample", "export", "evaluate", "report"):

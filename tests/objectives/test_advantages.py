@@ -1,5 +1,10 @@
 """Group statistics."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +13,7 @@ import pytest
 from dmdr_jax.objectives.advantages import Advantages
 from tests.objectives.contexts import spec
 
+ROOT = Path(__file__).parents[2]
 R = np.array([1.0, 2.0, 4.0, 1.0, 0.0, 0.5, -0.5, 0.0], np.float32)
 
 
@@ -55,3 +61,39 @@ def test_statistics_stay_in_their_group(group):
     before = advantages({"r": jnp.asarray(R)}, 0, group)
     after = advantages({"r": jnp.asarray(R).at[:group].multiply(-3.0)}, 0, group)
     assert np.array_equal(before[group:], after[group:])
+
+
+LOCAL = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from dmdr_jax.objectives.advantages import Advantages
+from dmdr_jax.objectives.base import as_groups
+from dmdr_jax.objectives.dpo import best_and_worst
+from dmdr_jax.training.rollouts import take_pairs
+from tests.objectives.contexts import spec
+
+mesh = jax.make_mesh((2,), ("data",))
+rows = NamedSharding(mesh, PartitionSpec("data"))
+states = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+def judge(normalise):
+    def run(r, z):
+        a = Advantages((spec(),), normalise)({"r": r}, 0, 4)
+        return a, take_pairs(z, best_and_worst(as_groups(a, 4)), 4)
+    shapes = jax.ShapeDtypeStruct((16,), jnp.float32), jax.ShapeDtypeStruct((3, 16, 2, 2, 1), jnp.float32)
+    text = jax.jit(run, in_shardings=(rows, states)).lower(*shapes).compile().as_text()
+    return [word for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if word in text]
+
+print(judge("group"), judge("batch"))
+"""
+
+
+def test_a_groups_statistics_and_pairs_need_no_other_device():
+    """Compiled for two devices, nothing is exchanged; the batch's deviation is one number that is."""
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[] ['all-reduce']"

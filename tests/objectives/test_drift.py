@@ -14,8 +14,8 @@ N, D = 6, 5
 RADII = (0.02, 0.05, 0.2)
 
 
-def supports(seed=0):
-    x, neg, pos = normal(seed, (N, D)), normal(seed + 1, (3, D)) - 0.5, normal(seed + 2, (4, D)) + 0.5
+def supports(seed=0, d=D):
+    x, neg, pos = normal(seed, (N, d)), normal(seed + 1, (3, d)) - 0.5, normal(seed + 2, (4, d)) + 0.5
     same = jnp.concatenate([jnp.eye(N, dtype=bool), jnp.zeros((N, 7), bool)], axis=1)
     return x, neg, pos, same
 
@@ -62,7 +62,8 @@ def test_the_loss_descends_along_the_force():
 
 
 def test_the_force_hardly_depends_on_the_weights_scale():
-    arguments = supports(9)
+    """In many dimensions, where all distances are alike."""
+    arguments = supports(9, d=512)
     forces = [np.asarray(drift_force(*arguments, w, w, RADII)[0]).ravel() for w in (1e3, 1e4)]
     cosine = forces[0] @ forces[1] / np.linalg.norm(forces[0]) / np.linalg.norm(forces[1])
     assert cosine > 0.9999

@@ -14,13 +14,21 @@ from tests.objectives.contexts import context, draw, normal, spec
 
 @pytest.mark.parametrize("r, beta", [(0.5, 1.0), (0.9, 0.1), (0.2, 0.7)])
 def test_the_gradient_of_the_negative_aware_loss(r, beta):
-    """2 beta [(2r - 1)(old - target) + beta (x - old)] over the number of elements."""
+    """Against automatic differentiation of the published loss, and 2 beta [(2r - 1)(old - target) + beta (x - old)]."""
     with jax.enable_x64(True):
         x, old, target = (jnp.asarray(normal(i), jnp.float64) for i in range(3))
         rows = jnp.full(4, r, jnp.float64)
         got = jax.grad(lambda x: nft_loss(x, old, target, rows, beta))(x)
         expected = 2 * beta * ((2 * r - 1) * (old - target) + beta * (x - old)) / x.size
         assert np.allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+        def published(x):
+            positive, negative = (1 - beta) * old + beta * x, (1 + beta) * old - beta * x
+            return (r * (positive - target) ** 2 + (1 - r) * (negative - target) ** 2).mean()
+
+        value, slope = jax.value_and_grad(published)(x)
+        assert np.allclose(got, slope, rtol=1e-9, atol=1e-12)
+        assert float(nft_loss(x, old, target, rows, beta)) == pytest.approx(float(value), rel=1e-12)
 
 
 def gain(sample, target, spread=1.0):

@@ -23,9 +23,9 @@ from dmdr_jax.training.plan import Batch, Frozen
 from dmdr_jax.training.state import new_state
 
 MEAN = np.array([0.5, -0.5])
-VARIANCE = np.array([1.0, 0.5])
+VARIANCE = np.array([1.0, 0.8])
 CENTRE = np.array([1.5, 0.0])
-CURVATURE = np.array([1.0, 2.0])
+CURVATURE = np.array([0.5, 0.7])
 """The reward is -sum q (x - c)^2 / 2."""
 
 
@@ -56,7 +56,7 @@ class LinearGaussian(nn.Module):
         scored = self.has_variable("lora", "mean")
         if scored:
             scale = jnp.broadcast_to(lora_scale, z.shape[:1])[:, None, None, None]
-            mean = mean + scale * self.get_variable("lora", "mean")
+            mean = mean + scale * self.get_variable("lora", "mean") + pooled[:, None, None]
             log_std = log_std + scale * self.get_variable("lora", "log_std")
         alpha, variance = 1.0 - t, jnp.exp(2.0 * log_std)
         gain = alpha * variance / (alpha**2 * variance + t**2)
@@ -124,11 +124,20 @@ def configuration(method, batch=8, **changes):
     return c
 
 
-def make(method, batch=8, start=0, trained=TRAINED, grid=None, tx=None, real=None, **changes) -> World:
-    """The world of a method: rewards count from step ``start`` on, the student trains ``trained`` alone."""
+def make(
+    method, batch=8, start=0, reward=1.0, trained=TRAINED, later=None, grid=None, tx=None, real=None, **changes
+) -> World:
+    """The world of a method.
+
+    Args:
+      start, reward: step at which the two equal rewards begin, and the sum of their weights.
+      trained: what the student trains of its coefficients; the others stay.
+      later: slope of the later steps, without a bias.
+      grid, tx: times and optimisers (generator's, fake's) in place of the configuration's.
+    """
     c = configuration(method, batch, **changes)
     for name in ("first", "hps"):
-        c.rewards[name] = base.reward("", weight=0.5, start=start)
+        c.rewards[name] = base.reward("", weight=0.5 * reward, start=start)
         c.rewards[name].margin = 1e6
     specs = [RewardSpec(name=name, **c.rewards[name].to_dict()) for name in sorted(c.rewards)]
     params = {"centre": jnp.asarray(CENTRE, jnp.float32), "curvature": jnp.asarray(CURVATURE, jnp.float32)}
@@ -152,13 +161,15 @@ def make(method, batch=8, start=0, trained=TRAINED, grid=None, tx=None, real=Non
         "later_bias": jnp.array([0.1, -0.1]),
         "later_scale": jnp.array([0.8, 0.9]),
     }
+    if later is not None:
+        student |= {"later_bias": jnp.zeros(2), "later_scale": jnp.full(2, later)}
     teacher |= {name: value for name, value in student.items() if name not in trained}
     generator = {name: student[name] for name in trained}
     fake = {"mean": jnp.array([0.1, 0.2]), "log_std": jnp.array([0.1, -0.1])}
     state = _state(c, plan, generator, fake)
-    frozen = Frozen(teacher, {}, {r.spec.name: params for r in rewards}, _cond(1), real)
+    frozen = Frozen(teacher, {}, {r.spec.name: params for r in rewards}, conditioning(1, 0.3), real)
     text = {r.spec.name: jnp.zeros((batch, 1)) for r in rewards}
-    return World(c, plan, terms, state, frozen, Batch(_cond(batch), text))
+    return World(c, plan, terms, state, frozen, Batch(conditioning(batch), text))
 
 
 def _state(c, plan, generator, fake):
@@ -168,5 +179,6 @@ def _state(c, plan, generator, fake):
     return new_state(c.seed, generator, fake, plan.generator_tx, plan.fake_tx, extra)
 
 
-def _cond(b):
-    return Conditioning(jnp.zeros((b, 1, 1)), jnp.zeros((b, 1)))
+def conditioning(b, shift=0.0):
+    """Prompts that move the teacher's mean by ``shift``."""
+    return Conditioning(jnp.zeros((b, 1, 1)), jnp.full((b, 1), shift))

@@ -1,7 +1,6 @@
 """A whole run over the smallest networks, made of nothing: for tests of every method's steps."""
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
+from dmdr_jax.diffusion.process import Flow
 from dmdr_jax.rewards.base import RewardSpec
 from dmdr_jax.training import setup
 from dmdr_jax.training.plan import Batch, Frozen, Plan
 from dmdr_jax.training.state import TrainState
 from tests.distill import toy
 
-BATCH = 4
 START = 2
 """The step at which rewards begin."""
 
@@ -33,12 +32,9 @@ class Vae(nn.Module):
         return x.reshape(b, h, w, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, 3)
 
 
-VAE = Vae(SimpleNamespace(downsampling=2, scaling_factor=1.0, shift_factor=0.0, latent_channels=3))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ToyReward:
-    """A smooth function of the image and the prompt."""
+    """A smooth function of the image and the prompt, of some cost."""
 
     spec: RewardSpec
     params: Any
@@ -46,14 +42,14 @@ class ToyReward:
 
     def score(self, params, images, text):
         params, text = jax.lax.stop_gradient((params, text))
-        return jnp.tanh((images * params["w"]).mean((1, 2, 3)) * 5.0 + text.mean(-1))
+        hidden = jnp.tanh(images.reshape(images.shape[0], -1) @ params["w"])
+        return hidden.mean(-1) + text.mean(-1)
 
 
 def config(method="dmdr_refl", **changes):
     """A configuration of the toy run; ``changes`` are keys with ``__`` for the dot."""
     c = base.get_config()
-    c.method, c.model, c.batch = method, "toy", BATCH
-    c.student.steps = 3
+    c.method, c.model = method, "toy"
     c.generator.kind = "lora"
     c.generator.lora.rank, c.generator.lora.alpha = 2, 4.0
     c.fake.lora.rank, c.fake.lora.alpha = 2, 2.0
@@ -61,10 +57,6 @@ def config(method="dmdr_refl", **changes):
     c.guidance.scale = 3.0
     c.optim.generator.lr = c.optim.fake.lr = 1e-2
     c.optim.clip = 1e6
-    if method in ("dmdr_grpo", "dmdr_dpo", "ddmd_adv", "gndmr", "rtdmd", "drpo", "dpo_only", "grpo_only"):
-        c.group.size = 2
-    if method in ("gdmd", "rtdmd"):
-        c.fake.updates = 2
     for key, value in changes.items():
         *groups, last = key.split("__")
         node = c
@@ -76,10 +68,11 @@ def config(method="dmdr_refl", **changes):
     return c
 
 
-def rewards(c):
+def rewards(c, latent):
     specs = [RewardSpec(name=name, **c.rewards[name].to_dict()) for name in sorted(c.rewards)]
     keys = [jax.random.key(50 + i) for i in range(len(specs))]
-    return tuple(ToyReward(s, {"w": jax.random.normal(k, (8, 8, 3))}) for s, k in zip(specs, keys))
+    size = 4 * latent[0] * latent[1] * 3
+    return tuple(ToyReward(s, {"w": jax.random.normal(k, (size, 256))}) for s, k in zip(specs, keys))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,23 +90,23 @@ class Run:
         return tuple(t for t in self.terms if t.active(step))
 
 
-@functools.cache
-def _vae_params():
-    return VAE.init(jax.random.key(5), jnp.zeros((1, *toy.LATENT)), method="decode")["params"]
+def make(method, module, latent, cond, real=None, **changes) -> Run:
+    """The run of a transformer, with student and fake score away from the teacher.
 
-
-def make(method="dmdr_refl", real=None, **changes) -> Run:
-    """The run, with student and fake score away from the teacher."""
+    Args:
+      latent: shape ``(h, w, c)``.
+      cond: from a number of rows to a conditioning.
+    """
     c = config(method, **changes)
-    denoiser, params, _ = toy.networks()
-    scorers = rewards(c)
-    pipeline = SimpleNamespace(
-        modules={"transformer": denoiser.module, "vae": VAE}, process=denoiser.process, denoiser="transformer"
-    )
+    scorers, vae = rewards(c, latent), Vae(SimpleNamespace(downsampling=2, scaling_factor=1.0, shift_factor=0.0))
+    z, one = jnp.zeros((1, *latent)), cond(1)
+    params = module.init(jax.random.key(0), z, jnp.zeros(1), one.prompt_embeds, one.pooled)["params"]
+    pipeline = SimpleNamespace(modules={"transformer": module, "vae": vae}, process=Flow(), denoiser="transformer")
     terms, plan = setup.make_terms(c, scorers), setup.make_plan(c, pipeline, scorers)
     state = setup.make_state(c, "sd3", plan, params)
     moved = [toy.noisy(tree, jax.random.key(7 + i), 0.1) for i, tree in enumerate((state.generator, state.fake))]
     state = state._replace(generator=moved[0], fake=moved[1])
-    frozen = Frozen(params, _vae_params(), {r.spec.name: r.params for r in scorers}, toy.cond(1, 9), real)
-    text = {r.spec.name: jax.random.normal(jax.random.key(60), (BATCH, 4)) for r in scorers}
-    return Run(c, plan, terms, state, frozen, Batch(toy.cond(BATCH, 3), text))
+    drawn = vae.init(jax.random.key(5), z, method="decode")["params"]
+    frozen = Frozen(params, drawn, {r.spec.name: r.params for r in scorers}, one, real)
+    text = {r.spec.name: jax.random.normal(jax.random.key(60), (c.batch, 4)) for r in scorers}
+    return Run(c, plan, terms, state, frozen, Batch(cond(c.batch), text))

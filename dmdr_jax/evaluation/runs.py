@@ -1,0 +1,52 @@
+"""A training run as its workdir tells it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmdr_jax.errors import UserError
+from dmdr_jax.training.metrics import METRICS_FILE, read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+      document: its config.json.
+      rows: the lines of its metrics.
+    """
+
+    folder: Path
+    document: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Of a workdir, at any time while it trains.
+
+        Raises:
+          UserError: there is no run.
+        """
+        file = folder / "config.json"
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"{file} is missing or damaged: give the workdir of python -m dmdr_jax.train.") from None
+        return cls(folder, document, read_metrics(folder) if (folder / METRICS_FILE).is_file() else [])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.document["config"]
+
+    @property
+    def step(self) -> int:
+        """Generator steps done."""
+        return max((row["step"] for row in self.rows), default=0)
+
+
+def active_rewards(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The rewards that have a weight."""
+    return {name: reward for name, reward in config["rewards"].items() if reward["weight"]}

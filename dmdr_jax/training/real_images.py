@@ -1,0 +1,92 @@
+"""Real images for the discriminator of `dmd2`: read once, kept as latents with their captions' features.
+
+A folder has images and, beside each, its caption in a .txt file of the same name; a .npy file has an array of images
+and beside it a .txt with one caption per line. Where there are no captions the empty one is taken, which the
+discriminator will notice: give captions that read like the run's prompts. All of it lies on the devices (an SD3
+caption takes some MB), so this is for hundreds of images, not for a data set.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmdr_jax.diffusers_io.pipeline import Pipeline
+from dmdr_jax.diffusers_io.text import encode, tokenize
+from dmdr_jax.errors import UserError
+from dmdr_jax.models.autoencoder import latents_from_raw
+from dmdr_jax.models.conditioning import concatenate
+from dmdr_jax.training.plan import Plan, RealImages
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+BATCH = 16
+
+
+def load_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages | None:
+    """The images of ``config.gan.images`` as latents of the run's size; None where there is no discriminator.
+
+    Raises:
+      UserError: there are none, or captions and images do not match.
+    """
+    if plan.method.gan is None:
+        return None
+    images, captions = read_images(config.gan.images, plan.image_size)
+    vae, params = pipeline.modules["vae"], pipeline.params
+    encode_image = jax.jit(lambda p, x: latents_from_raw(vae.apply({"params": p}, x, method="encode")[0], vae.config))
+    fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)
+    encode_text = jax.jit(partial(encode, pipeline.modules, **fixed))
+    towers = {name: tree for name, tree in params.items() if name.startswith("text_encoder")}
+    latents, features = [], []
+    for start in range(0, len(images), BATCH):
+        part = slice(start, start + BATCH)
+        latents.append(encode_image(params["vae"], images[part].astype(np.float32) / 127.5 - 1.0))
+        features.append(encode_text(towers, tokenize(pipeline, captions[part], config.t5_length)))
+    return RealImages(jnp.concatenate(latents), concatenate(features))
+
+
+def read_images(path: str, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """Images ``[n, h, w, 3]`` uint8, cut to the proportions of ``size`` and resized, with their captions."""
+    place = Path(path).expanduser()
+    if place.suffix == ".npy" and place.is_file():
+        return _read_array(place, size)
+    if not place.is_dir():
+        raise UserError(f"config.gan.images: there is no folder {place}, nor a .npy file.")
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"config.gan.images: {place} holds no image ({', '.join(SUFFIXES)}).")
+    texts = [file.with_suffix(".txt") for file in files]
+    captions = [text.read_text(encoding="utf-8").strip() if text.is_file() else "" for text in texts]
+    return np.stack([_fit(_open(file), size) for file in files]), captions
+
+
+def _read_array(place: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    images = np.load(place, mmap_mode="r")
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
+        found = f"{images.dtype}{list(images.shape)}"
+        raise UserError(f"config.gan.images: {place} must be uint8 [n, h, w, 3], not {found}.")
+    text = place.with_suffix(".txt")
+    captions = text.read_text(encoding="utf-8").splitlines() if text.is_file() else [""] * len(images)
+    if len(captions) != len(images):
+        raise UserError(f"config.gan.images: {text} has {len(captions)} lines for {len(images)} images.")
+    return np.stack([_fit(image, size) for image in images]), captions
+
+
+def _open(file: Path) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"config.gan.images: {file} cannot be read as an image: {error}") from error
+
+
+def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest centred part with the proportions of ``size``, resized to it."""
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(Image.fromarray(image), (size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(fitted)
