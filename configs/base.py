@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
     c.generator = ConfigDict()
     c.generator.kind = "lora"  # or "full"
     c.generator.lora = _lora(64, 128.0)
+    c.generator.lora.start = ""  # a LoRA file to start from, of PEFT, diffusers or kohya's scripts
 
     c.ode = ConfigDict()  # before all else, the student's first weights by regression on the teacher's ODE
     c.ode.steps = 0  # updates; 0: off

@@ -16,7 +16,8 @@ The first model is the teacher that others are compared with; a NAME=PATH is a d
 shapes:NAME, an exported student, a run, or images:FOLDER with images drawn elsewhere. Without --prompts the embedded
 world's prompts, verifier and rewards are used. Writes results.json (every image's numbers, means, standard errors,
 paired differences with confidence intervals, and all that is needed to repeat it), table.md and the images. A killed
-evaluation goes on where it was. docs/evaluation.md has the protocols.
+evaluation goes on where it was. Several hosts share it: the same command on each, as with dmdr_jax.train.
+docs/evaluation.md has the protocols.
 """
 
 import argparse
@@ -82,8 +83,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: Any) -> None:
-    from dmdr_jax.evaluation.run import evaluate
+    from pathlib import Path
 
+    from dmdr_jax.evaluation.run import evaluate
+    from dmdr_jax.evaluation.shards import join_others
+
+    if not args.shard:
+        is_file = args.images or args.detections
+        join_others(Path(args.out).parent if is_file else Path(args.out))
     print(evaluate(args))
 
 

@@ -1,15 +1,17 @@
 """Opens whatever a user may want to draw with: a diffusers folder, a hub id, an exported student, a run."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.diffusers_io.lora_file import read_lora
 from dmdr_jax.diffusers_io.pipeline import Pipeline, load_pipeline
 from dmdr_jax.diffusion.denoiser import Weights
-from dmdr_jax.diffusion.grids import authors_grid, student_grid
+from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.errors import UserError
 from dmdr_jax.generate import Recipe, teacher_recipe
@@ -53,16 +55,23 @@ class Model:
         kernel: str | None = None,
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> Recipe:
         """The grid, kernel and guidance to draw with; what is None is the model's own.
 
         A plain folder draws on its scheduler's grid, as diffusers does; a student on the grid it was
-        trained on.
+        trained on; with ``timesteps``, the network's own, either draws at these.
         """
         if steps is not None and steps < 1:
             raise UserError(f"--steps must be at least 1, not {steps}.")
         chosen = parse_kernel(kernel) if kernel else self._kernel()
         student = self._student()
+        if timesteps is not None:
+            if steps not in (None, len(timesteps)):
+                raise UserError(f"--steps {steps} and {len(timesteps)} --timesteps contradict each other.")
+            grid = grid_at(self.pipeline.process, timesteps)
+            default = 1.0 if student is not None else self.pipeline.kind.guidance
+            return Recipe(grid, chosen, default if guidance is None else guidance)
         if student is None:
             return teacher_recipe(self.pipeline, steps, guidance, size or self.size, chosen)
         grid = student["grid"]
@@ -85,6 +94,22 @@ class Model:
         if self.pipeline.student is not None:
             return parse_kernel(self.pipeline.student["kernel"])
         return parse_kernel("renoise" if self.pipeline.scheduler.get("stochastic_sampling") else "ode")
+
+
+def with_lora(model: Model, file: str, scale: float = 1.0, alpha: float | None = None) -> Model:
+    """The model with a LoRA file on its denoiser, whoever trained it.
+
+    Args:
+      scale: factor of the file's own scale.
+      alpha: for a file that does not say it.
+
+    Raises:
+      UserError: the file does not fit, or the model is a run that has a LoRA of its own.
+    """
+    if model.weights.lora is not None:
+        raise UserError(f"this run has a LoRA of its own: export it to a folder and put {file} on that.")
+    delta, own = read_lora(file, model.weights.params, model.pipeline.denoiser, alpha)
+    return dataclasses.replace(model, weights=Weights(model.weights.params, delta, scale * own))
 
 
 def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Model:

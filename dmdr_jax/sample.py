@@ -19,6 +19,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", required=True, help="prompts: .txt (one per line), .jsonl, .parquet, ...")
     p.add_argument("--out", required=True, help="folder for the images")
     p.add_argument("--steps", type=int, help="sampler steps (default: diffusers' for a teacher, a student's own)")
+    p.add_argument("--timesteps", help="the network's own timesteps to draw at, such as 999,749,499,249")
+    p.add_argument("--lora", help="a LoRA file to put on the model's denoiser: PEFT, diffusers or kohya names")
+    p.add_argument("--lora_scale", type=float, default=1.0, help="factor of the LoRA")
+    p.add_argument("--lora_alpha", type=float, help="the LoRA's alpha, where its file does not say it")
     p.add_argument("--kernel", help="ode, renoise or cps(eta) (default: the model's own)")
     p.add_argument(
         "--guidance", type=float, help="guidance scale; 1 or less: none (default: diffusers' for a teacher, students 1)"
@@ -47,6 +51,7 @@ def main(args: Any) -> None:
         raise UserError(f"--seed must not be negative, and is {args.seed}.")
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, not {args.batch}.")
+    timesteps = read_timesteps(args.timesteps) if args.timesteps else None
     prompts = load_prompts(args.prompts)
     latents = read_latents(args.latents, len(prompts)) if args.latents else None
 
@@ -54,11 +59,13 @@ def main(args: Any) -> None:
     from tqdm import tqdm
 
     from dmdr_jax.generate import draw_images, initial_noise
-    from dmdr_jax.model import open_model
+    from dmdr_jax.model import open_model, with_lora
 
     model = open_model(args.model, getattr(jnp, args.dtype), use_ema=not args.no_ema)
+    if args.lora:
+        model = with_lora(model, args.lora, args.lora_scale, args.lora_alpha)
     size = image_size(model, args.height, args.width, latents)
-    recipe = model.recipe(args.steps, args.kernel, args.guidance, size)
+    recipe = model.recipe(args.steps, args.kernel, args.guidance, size, timesteps)
     if latents is None:
         latents = initial_noise(model.pipeline, *size, range(args.seed, args.seed + len(prompts)))
     out = Path(args.out)
@@ -70,6 +77,14 @@ def main(args: Any) -> None:
     (out / "prompts.txt").write_text("".join(" ".join(p.split()) + "\n" for p in prompts), encoding="utf-8")
     (out / "settings.json").write_text(json.dumps({**vars(args), "grid": recipe.grid, "nfe": recipe.nfe}, indent=2))
     print(f"{len(images)} images in {out}")
+
+
+def read_timesteps(text: str) -> list[float]:
+    """Numbers with commas between them; UserError for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--timesteps {text!r} is not a list of numbers such as 999,749,499,249.") from None
 
 
 def read_latents(file: str, count: int) -> Any:

@@ -169,6 +169,41 @@ def test_the_exported_lora_draws_exactly_our_student(trained, folder, prompts_fi
     ours = run_sample(tmp_path / "ours", runs["ode"], prompts_file, latents, tmp_path)
     assert np.abs(ours - theirs).max() < 1e-3
     assert np.abs(before - theirs).max() > 1e-2  # the LoRA did something
+    grid = {"sd3": "1000,900,750,500", "sdxl": "999,749,499,249"}[Path(folder).name]
+    options = ["--lora", file, "--timesteps", grid, "--guidance", 1, "--kernel", "ode"]
+    again = run_sample(tmp_path / "again", folder, prompts_file, latents, tmp_path, *options)
+    assert np.abs(again - theirs).max() < 1e-3
+    check_start(runs["ode"], folder, prompts_file, file)
+
+
+def check_start(run, folder, prompts_file, file):
+    """A run that starts from the exported LoRA starts as the student that it is of."""
+    import jax
+
+    from dmdr_jax.diffusion.denoiser import Denoiser
+    from dmdr_jax.model import open_model
+    from dmdr_jax.training import setup
+    from dmdr_jax.training.layout import Layout
+    from dmdr_jax.training.step import generator_weights
+
+    config = tiny.config(folder, prompts_file, generator__lora__start=str(file), generator__lora__targets="wide")
+    config.generator.lora.rank, config.generator.lora.alpha = 6, 3.0
+    pipeline = setup.load_teacher(config, Layout.make(-1, 1))
+    plan, base = setup.make_plan(config, pipeline, ()), pipeline.params[pipeline.denoiser]
+    start = generator_weights(plan, setup.generator_from_file(config, pipeline, plan), base)
+    model = open_model(str(run), use_ema=True)
+    cond = make_cond(pipeline)
+    z = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    outputs = [
+        Denoiser(plan.denoiser.module, plan.denoiser.process).output(w, z, 0.5, cond) for w in (start, model.weights)
+    ]
+    assert np.abs(outputs[0] - outputs[1]).max() < 1e-4 * np.abs(outputs[1]).max()
+
+
+def make_cond(pipeline):
+    from dmdr_jax.diffusers_io.text import encode, tokenize
+
+    return encode(pipeline.modules, pipeline.params, tokenize(pipeline, PROMPTS[:2]), (16, 16))
 
 
 def test_export_refuses_what_is_there_and_kernels_diffusers_lacks(trained, tmp_path):

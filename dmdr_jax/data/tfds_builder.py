@@ -7,6 +7,7 @@ training takes can be built from (docs/evaluation.md lists them); --distinct lea
 """
 
 import argparse
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 
-NAME, VERSION = "dmdr_prompts", "1.0.0"
+VERSION = "1.0.0"
 ID_LENGTH = 16
 CHECKED = 1000  # records that are compared with what a folder holds already
 
@@ -28,6 +29,34 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@functools.cache  # TFDS knows a class by its name, and one of a name
+def builder_class() -> Any:
+    """The builder, whose ``prompts`` and ``source`` are set before it prepares."""
+    import tensorflow_datasets as tfds
+
+    class DmdrPrompts(tfds.core.GeneratorBasedBuilder):
+        """Prompts of a text-to-image model."""
+
+        VERSION = tfds.core.Version(VERSION)
+        code_path = None  # TFDS would look for checksums of downloads beside it
+        prompts: Sequence[str] = ()
+        source = ""
+
+        def _info(self) -> Any:
+            text = tfds.features.Text()
+            features = tfds.features.FeaturesDict({"id": text, "prompt": text, "source": text})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+            for i, prompt in enumerate(self.prompts):
+                yield i, {"id": prompt_id(prompt), "prompt": prompt, "source": self.source}
+
+    return DmdrPrompts
+
+
 def build(prompts: Sequence[str], name: str, out: str, source: str) -> str:
     """Writes the data set, in the prompts' order; returns its folder.
 
@@ -39,27 +68,10 @@ def build(prompts: Sequence[str], name: str, out: str, source: str) -> str:
     """
     import tensorflow_datasets as tfds
 
-    class DmdrPrompts(tfds.core.GeneratorBasedBuilder):
-        """Prompts of a text-to-image model."""
-
-        VERSION = tfds.core.Version(VERSION)
-        code_path = None  # TFDS would look for checksums of downloads beside it
-
-        def _info(self) -> Any:
-            text = tfds.features.Text()
-            features = tfds.features.FeaturesDict({"id": text, "prompt": text, "source": text})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, manager: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-            for i, prompt in enumerate(prompts):
-                yield i, {"id": prompt_id(prompt), "prompt": prompt, "source": source}
-
     config = tfds.core.BuilderConfig(name=name, description=f"{len(prompts)} prompts of {source}.")
     try:
-        builder = DmdrPrompts(data_dir=out, config=config, file_format="array_record")
+        builder = builder_class()(data_dir=out, config=config, file_format="array_record")
+        builder.prompts, builder.source = prompts, source
         builder.download_and_prepare()
     except OSError as error:
         raise UserError(f"cannot write the data set to {out} ({error.strerror or error}).") from error

@@ -35,12 +35,14 @@ scheduler configuration: `scheduler_config_for` finds it, checks it, and returns
 grids, which diffusers draws only when given ``sigmas=`` (`explicit_sigmas`).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dmdr_jax.diffusion.process import Process
 from dmdr_jax.errors import UserError
 
 AUTHORS_LAST = 1e-3
@@ -93,6 +95,21 @@ def authors_grid(steps: int, shift_factor: float) -> np.ndarray:
     grid = shift(np.linspace(1, AUTHORS_LAST, steps + 1), shift_factor)
     grid[-1] = AUTHORS_LAST
     return grid.astype(np.float32)
+
+
+def grid_at(process: Process, timesteps: Sequence[float]) -> tuple[float, ...]:
+    """The times at which the network is told these timesteps, and the final 0.
+
+    Raises:
+      UserError: they are not descending, or the network was not trained at them.
+    """
+    times = [process.time_of(k) for k in timesteps]
+    descending = all(a > b for a, b in itertools.pairwise(times))
+    if not times or not descending or not 0.0 < times[-1] <= times[0] <= 1.0:
+        raise UserError(
+            f"the timesteps must be descending, from {process.model_time(1.0):g} down, not {tuple(timesteps)}."
+        )
+    return (*times, 0.0)
 
 
 def dynamic_mu(config: Mapping[str, Any], image_seq_len: int) -> float:

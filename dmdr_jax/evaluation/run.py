@@ -15,7 +15,7 @@ from dmdr_jax.evaluation.contestants import check_complete, draw_own, model_row
 from dmdr_jax.evaluation.entries import Entry, load_scorers, open_models, parse_entries
 from dmdr_jax.evaluation.environment import command, describe_environment
 from dmdr_jax.evaluation.folder_scores import score_folder
-from dmdr_jax.evaluation.gallery import Order
+from dmdr_jax.evaluation.gallery import PREFIX, Order
 from dmdr_jax.evaluation.geneval import judge_detections_file
 from dmdr_jax.evaluation.images import to_uint8, write_image
 from dmdr_jax.evaluation.prompt_eval import evaluate_prompts
@@ -52,7 +52,7 @@ def evaluate(args: Any) -> str:
 def evaluate_world(args: Any, entries: list[Entry], ask: Questions) -> str:
     """Compares models in the embedded world and writes the results; returns the table."""
     started = time.time()
-    _refuse_elsewhere(args)
+    _refuse_elsewhere(args, entries)
     scorers = {f"{kind}/{name}": s for kind, option in KINDS.items() for name, s in _scorers(args, option).items()}
     models = open_models(entries, args.dtype)
     recipes = [model.recipe(e.steps, e.kernel, e.guidance, ask.size(model)) for e, model in zip(entries, models)]
@@ -95,8 +95,10 @@ KINDS = {"reward": "rewards", "judge": "judge"}
 """Kinds of scorers and the options that name them."""
 
 
-def _refuse_elsewhere(args: Any) -> None:
-    """UserError for options that have no meaning in a world."""
+def _refuse_elsewhere(args: Any, entries: list[Entry]) -> None:
+    """UserError for what has no meaning in a world."""
+    if any(entry.path.startswith(PREFIX) for entry in entries):
+        raise UserError(f"--model NAME={PREFIX}FOLDER goes with --prompts FILE: a world judges what its models draw.")
     for option in ("reward", "trained", "features", "reference", "lpips"):
         if getattr(args, option):
             raise UserError(

@@ -1,16 +1,20 @@
 """Sharing the work: which images are a process's own, and waiting for the others.
 
-The processes of one JAX program (``jax.distributed``) share by themselves; processes that know nothing of each other
-are told their part by ``--shard i/n``. Either way ``--out`` is a folder that all of them see.
+The processes of one JAX program (as `dmdr_jax.train` joins them) share by themselves; processes that know nothing of
+each other are told their part by ``--shard i/n``. Either way ``--out`` is a folder that all of them see.
 """
 
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.training import runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +53,26 @@ class OthersAtWork(Exception):
         )
 
 
+def join_others(folder: Path) -> None:
+    """Joins the processes of this JAX program, where the environment says that there are several.
+
+    Args:
+      folder: that the results go to.
+
+    Raises:
+      UserError: the others did not come, or the folder is not the same for all of them.
+    """
+    place = runtime.find_place(None, None, None, os.environ)
+    if place is None:
+        return
+    try:
+        runtime.join(place)
+    except runtime.OthersLost as error:
+        raise UserError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime.check_shared(epath.Path(folder))
+
+
 def wait_for_others(where: str) -> None:
     """Waits until all processes of this JAX program are here; processes told by ``--shard`` do not wait."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(where)
+    runtime.sync(where)

@@ -62,6 +62,8 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     frozen = freeze(config, pipeline, plan, rewards, layout)
     preview = Preview.make(config, pipeline, plan, prompts, workdir, layout)
     generator = None
+    if config.generator.lora.start and checkpoints.latest() is None:
+        generator = setup.generator_from_file(config, pipeline, plan)
     if config.ode.steps and checkpoints.latest() is None:
         text = make_encoder(config, pipeline, plan, (), layout)
         generator = ode.pretrain(config, pipeline, plan, frozen, prompts, text, layout, preview, meta, workdir, stop)

@@ -112,9 +112,9 @@ def _number(name: str, environ: Mapping[str, str]) -> int | None:
 def cluster_size(environ: Mapping[str, str]) -> int:
     """How many processes the cluster that jax would find has: Slurm, Open MPI, Cloud TPU; 1 where there is none."""
     if "SLURM_STEP_NODELIST" in environ:
-        return int(environ.get("SLURM_NTASKS", 1))
+        return _number("SLURM_NTASKS", environ) or 1
     if "OMPI_MCA_orte_hnp_uri" in environ:
-        return int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
+        return _number("OMPI_COMM_WORLD_SIZE", environ) or 1
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     slices = environ.get("MEGASCALE_NUM_SLICES")
     if not hosts and has_tpu() and "TPU_SKIP_MDS_QUERY" not in environ:
@@ -132,9 +132,8 @@ def tpu_metadata(key: str, environ: Mapping[str, str]) -> str | None:
     server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10
-        ) as answer:
+        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
     except OSError:
         return None

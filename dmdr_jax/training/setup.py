@@ -1,7 +1,6 @@
 """From a configuration to everything a run needs: networks, plan, terms, first state."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from dmdr_jax import lora, methods
+from dmdr_jax.diffusers_io.lora_file import read_lora, start_from
 from dmdr_jax.diffusers_io.pipeline import Pipeline, load_network, load_pipeline
 from dmdr_jax.diffusion.denoiser import Denoiser
-from dmdr_jax.diffusion.grids import authors_grid, student_grid
+from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.process import Flow, Process
 from dmdr_jax.distill.regression import LOSSES
 from dmdr_jax.distill.schedules import RenoiseTimes
@@ -77,6 +77,10 @@ def check(config: Any) -> None:
     if config.seed < 0:
         raise UserError(f"config.seed must not be negative, and is {config.seed}.")
     _check_ode(config.ode)
+    if config.ode.steps and config.generator.lora.start:
+        raise UserError(
+            "config.ode.steps and config.generator.lora.start both say how the student starts; leave one out."
+        )
 
 
 def _check_ode(ode: Any) -> None:
@@ -219,14 +223,11 @@ def make_grid(student: Any, process: Process) -> tuple[float, ...]:
         if student.grid == "authors":
             raise UserError("config.student.grid 'authors' is SD3's; give config.student.timesteps for this model.")
         return (*map(float, process.snap(times[:-1])), 0.0)
-    times = [process.time_of(k) for k in student.timesteps]
-    descending = all(a > b for a, b in itertools.pairwise(times))
-    if len(times) != student.steps or not descending or not 0.0 < times[-1] <= times[0] <= 1.0:
+    if len(student.timesteps) != student.steps:
         raise UserError(
-            f"config.student.timesteps must be {student.steps} (config.student.steps) descending timesteps of the"
-            f" network, from {process.model_time(1.0):g} down, not {tuple(student.timesteps)}."
+            f"config.student.timesteps has {len(student.timesteps)} entries for config.student.steps={student.steps}."
         )
-    return (*times, 0.0)
+    return grid_at(process, student.timesteps)
 
 
 def zero_uncond(config: Any, pipeline: Pipeline) -> bool:
@@ -266,6 +267,21 @@ def make_generator(config: Any, family: str, plan: Plan, base: Tree) -> Tree:
         return without_buffers(base)
     key, _ = jax.random.split(jax.random.key(config.seed))
     return lora.init(key, base, lora_config(config.generator.lora, family))
+
+
+def generator_from_file(config: Any, pipeline: Pipeline, plan: Plan) -> Tree:
+    """The student that starts as the LoRA file ``config.generator.lora.start``, whoever trained it.
+
+    Raises:
+      UserError: the file does not fit, or the run trains no LoRA.
+    """
+    file = config.generator.lora.start
+    if plan.generator_lora_scale is None:
+        raise UserError(f"config.generator.lora.start={file} needs config.generator.kind='lora'.")
+    base = pipeline.params[pipeline.denoiser]
+    delta, scale = read_lora(file, base, pipeline.denoiser)
+    initial = make_generator(config, pipeline.family, plan, base)
+    return start_from(initial, delta, scale / plan.generator_lora_scale)
 
 
 def make_state(config: Any, family: str, plan: Plan, base: Tree, generator: Tree | None = None) -> TrainState:

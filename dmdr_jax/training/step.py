@@ -137,7 +137,7 @@ class Stored(NamedTuple):
       draws, target_rewards: of the implicit targets, stacked on a leading axis.
       old_x0, old_rewards: the student's x0 at its input and its rewards.
       spread: of reward gains, by name.
-      old_log_prob: of the chosen transitions ``[b, m]``, from the second of several updates on.
+      old_log_prob: which of several updates this is, and the first one's log-probabilities ``[b, m]``.
     """
 
     rollout: Rollout
@@ -148,7 +148,7 @@ class Stored(NamedTuple):
     old_x0: Array | None = None
     old_rewards: dict[str, Array] | None = None
     spread: dict[str, Array] | None = None
-    old_log_prob: Array | None = None
+    old_log_prob: tuple[Array, Array] | None = None
 
 
 def _judge_samples(

@@ -16,10 +16,12 @@ class FakeModel:
 
     level: float
     meta: dict | None = None
+    side: int = SIDE
 
     @property
     def pipeline(self):
-        return types.SimpleNamespace(level=self.level, params={}, denoiser="transformer", student=None)
+        fields = {"level": self.level, "side": self.side, "params": {}, "denoiser": "transformer", "student": None}
+        return types.SimpleNamespace(**fields)
 
     @property
     def weights(self):
@@ -27,7 +29,7 @@ class FakeModel:
 
     @property
     def size(self):
-        return SIDE, SIDE
+        return self.side, self.side
 
     def recipe(self, steps, kernel, guidance, size):
         grid = tuple(np.linspace(1, 0, (steps or 4) + 1).tolist())
@@ -42,7 +44,7 @@ def install(monkeypatch, models: dict[str, FakeModel]) -> list[list[int]]:
     def draw(pipeline, weights, recipe, prompts, noise, *, places, **options):
         drawn.append(list(dict.fromkeys(places)))
         red = pipeline.level + 0.01 * np.array([len(p.split()) for p in prompts]) + 0.1 * noise
-        images = np.full((len(prompts), SIDE, SIDE, 3), 0.5, np.float32)
+        images = np.full((len(prompts), pipeline.side, pipeline.side, 3), 0.5, np.float32)
         images[..., 0] = red[:, None, None]
         return images
 

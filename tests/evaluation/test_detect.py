@@ -115,7 +115,7 @@ def test_transformers_network_is_read_and_run(tmp_path):
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=16, mask_feature_size=16, hidden_dim=16, encoder_feedforward_dim=16,
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
         dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=5,
         id2label={0: "dog", 1: "mouse"},
     )  # fmt: skip

@@ -1,7 +1,12 @@
 """Scores of a folder of images, as the program gives them."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from dmdr_jax.evaluation import scorers
 from dmdr_jax.evaluation.run import evaluate
 from tests.evaluation.scoring import scored_prompts, write_functions, write_pictures, write_prompts
 
+ROOT = Path(__file__).parents[2]
 N = 5
 
 
@@ -111,3 +117,24 @@ def test_bad_input_is_one_sentence(given, change, message):
 def test_nothing_to_measure(given):
     with pytest.raises(UserError, match="leaves nothing to measure"):
         run(given, rewards=[])
+
+
+@pytest.mark.slow
+def test_processes_of_one_program_share_by_themselves(given):
+    """Two processes with one command, as on two hosts; the first writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    argv = ["--images", given / "pictures", "--prompts", given / "prompts.txt", "--out", given / "scores.json"]
+    argv += ["--reward", f"red={given / 'scorers.py'}:red"]
+    command = [sys.executable, "-m", "dmdr_jax.evaluate", *map(str, argv)]
+    place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **place, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    tables = [process.communicate(timeout=600)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert tables[0] == tables[1]
+    assert json.loads((given / "scores.json").read_text())["scores"]["red"] == pytest.approx(np.arange(N) * 10 / 255)
+    assert sorted(scored_prompts(given / "scorers.py")) == sorted(write_prompts(given / "prompts.txt", N))

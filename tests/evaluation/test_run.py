@@ -14,6 +14,7 @@ from dmdr_jax.evaluation import run, shapes_eval
 from dmdr_jax.evaluation.entries import Entry, parse_entries, parse_entry
 from dmdr_jax.evaluation.run import Questions
 from dmdr_jax.shapes.world import SMALL
+from tests.evaluation.fake_models import FakeModel, install
 
 MODELS = ["--model", "teacher=a,steps=25,guidance=3", "--model", "student=b"]
 
@@ -119,3 +120,27 @@ def test_prompts_without_scores_measure_nothing(arguments, tmp_path):
     (tmp_path / "p.txt").write_text("one\n")
     with pytest.raises(UserError, match="nothing to measure"):
         run.evaluate(arguments("--prompts", str(tmp_path / "p.txt")))
+
+
+def test_in_a_world_processes_share_and_a_kill_costs_nothing(monkeypatch, tmp_path):
+    model = FakeModel(0.3, side=SMALL.size)
+    drawn = install(monkeypatch, {})
+    monkeypatch.setattr(run, "open_models", lambda entries, dtype: [model for _ in entries])
+    argv = ["--out", str(tmp_path / "out"), "--per_tag", "2", "--batch", "5", "--rewards", "none", "--judge", "none"]
+
+    def evaluate(*more):
+        return run.evaluate(parser().parse_args([*argv, *MODELS, *more]))
+
+    assert "images of teacher: 6 of 12 are there" in evaluate("--shard", "1/2")
+    assert sorted(place for lot in drawn for place in lot) == sorted([1, 3, 5, 7, 9, 11] * 2)  # of both models
+    drawn.clear()
+    assert "| student |" in evaluate("--shard", "0/2")
+    assert {place for lot in drawn for place in lot} == {0, 2, 4, 6, 8, 10}
+    drawn.clear()
+    assert "| student |" in evaluate()
+    assert drawn == []
+
+
+def test_images_from_elsewhere_are_for_prompts(arguments, tmp_path):
+    with pytest.raises(UserError, match="goes with --prompts"):
+        run.evaluate(arguments("--model", f"theirs=images:{tmp_path}"))

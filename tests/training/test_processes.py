@@ -241,6 +241,21 @@ def test_an_error_in_one_process_ends_both(tmp_path):
     assert "has lost others" in group.text(1) or "another task died" in group.text(1)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_is_noticed_without_a_word(tmp_path, victim):
+    """By a process that is busy with something else, as one that waits for its devices is."""
+    body = f"""
+        with runtime.joined(heartbeat=10):
+            if jax.process_index() == {victim}:
+                os.kill(os.getpid(), 9)
+            time.sleep(300)
+    """
+    group = run_script(2, tmp_path, body)
+    statuses = group.wait(150)
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] not in (0, 2)
+    assert "another task died" in group.text(1 - victim)
+
+
 def test_bad_input_is_bad_input_in_all_processes(tmp_path):
     group = run_script(2, tmp_path, "with runtime.joined(): raise UserError('the batch is odd.')")
     assert group.wait(120) == [2, 2]

@@ -112,12 +112,19 @@ def test_a_decoder_of_other_latents_is_refused(folder, prompts_file, tmp_path):
         setup.load_teacher(tiny.config(folder, prompts_file, reward_decoder="nowhere"), Layout.make(-1, 1))
 
 
-@pytest.mark.parametrize("timesteps", [(399, 200), (1000,), (200, 399), (-1,)])
-def test_timesteps_that_the_network_does_not_know_are_refused(folder, prompts_file, timesteps):
-    steps = 1 if timesteps == (399, 200) else len(timesteps)
-    config = tiny.config(folder, prompts_file, student__steps=steps, student__timesteps=timesteps)
+@pytest.mark.parametrize(
+    "timesteps, message",
+    [
+        ((399, 200), "2 entries for config.student.steps=1"),
+        ((1000,), "descending, from 999 down"),
+        ((-1,), "descending, from 999 down"),
+        ((200, 399), "2 entries"),
+    ],
+)
+def test_timesteps_that_the_network_does_not_know_are_refused(folder, prompts_file, timesteps, message):
+    config = tiny.config(folder, prompts_file, student__steps=1, student__timesteps=timesteps)
     pipeline = setup.load_teacher(config, Layout.make(-1, 1))
-    with pytest.raises(UserError, match=r"descending timesteps of the network, from 999 down"):
+    with pytest.raises(UserError, match=message):
         setup.make_plan(config, pipeline, ())
 
 
