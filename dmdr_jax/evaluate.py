@@ -85,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
 def main(args: Any) -> None:
     from pathlib import Path
 
+    from dmdr_jax.errors import UserError
+
+    if "://" in args.out:
+        raise UserError(f"--out {args.out} is no place on a disk: give a folder that all hosts see, and copy it then.")
+
     from dmdr_jax.evaluation.run import evaluate
     from dmdr_jax.evaluation.shards import join_others
 

