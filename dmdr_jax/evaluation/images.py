@@ -1,5 +1,6 @@
 """Pictures on disk: found in the order of their names, read as scorers read them, written whole or not at all."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -61,7 +62,13 @@ def read_images(files: Sequence[str | Path]) -> list[np.ndarray]:
 
 
 def digest(file: str | Path) -> str:
-    """What the bytes of a file are known by."""
+    """What the bytes of a file are known by; a file that did not change is read once."""
+    stat = os.stat(file)
+    return _digest(os.fspath(file), stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _digest(file: str, changed: int, size: int) -> str:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 

@@ -27,6 +27,7 @@ from dmdr_jax.evaluation.shards import OthersAtWork, Shard
 from dmdr_jax.evaluation.table import Statistic
 
 LOT = 64  # images whose appearance is measured between two lines of the journal
+FEWEST = 8  # images that a distance is measured of
 STATISTICS = ".npz"  # a reference that is FID's mean and covariance, not images
 DIVERSITY = "lpips"
 TEACHER = "teacher"
@@ -55,11 +56,14 @@ class Measures:
     shard: Shard
 
     @classmethod
-    def make(cls, args: Any, per_prompt: int, work: Path, shard: Shard) -> "Measures":
+    def make(cls, args: Any, images: int, per_prompt: int, work: Path, shard: Shard) -> "Measures":
         """Opens everything that the command line names once, so that a mistake shows before anything long begins.
 
+        Args:
+          images: of each model.
+
         Raises:
-          UserError: something cannot be read.
+          UserError: something cannot be read, or there are too few images for a distance.
         """
         specs = parse_rewards([*_paths(args.rewards), *_paths(args.judge), *(args.reward or ())])
         features = [parse_features(text) for text in args.features or ()]
@@ -69,6 +73,8 @@ class Measures:
         if args.reference and not features:
             raise UserError("--reference without --features measures nothing: give --features NAME=PATH.")
         references = dict(_reference(text) for text in args.reference or ())
+        if features and images < FEWEST:
+            raise UserError(f"--features needs at least {FEWEST} images of each model, not {images}.")
         return cls(
             [Scorer.make(spec, args.reward_dtype, work, shard.index) for spec in specs],
             [FeatureStore.make(spec, work) for spec in features],
@@ -208,8 +214,8 @@ def _reference(text: str) -> tuple[str, str]:
         raise UserError(f"--reference {text!r} is not NAME=FOLDER with a NAME other than {TEACHER!r}.")
     if place.endswith(STATISTICS):
         Gaussian.read(place)
-    else:
-        image_files(place)
+    elif len(image_files(place)) < FEWEST:
+        raise UserError(f"--reference {name}: {place} must hold at least {FEWEST} images.")
     return name, place
 
 

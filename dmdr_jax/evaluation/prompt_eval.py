@@ -39,7 +39,7 @@ def evaluate_prompts(args: Any, entries: Sequence[Entry], ask: Questions) -> str
     """
     started = time.time()
     out, shard = Path(args.out), Shard.make(args.shard)
-    measures = Measures.make(args, ask.per_prompt, out / WORK, shard)
+    measures = Measures.make(args, len(ask.records), ask.per_prompt, out / WORK, shard)
     if not (measures or ask.benchmark):
         raise UserError("--prompts without --reward leaves nothing to measure: name at least one score.")
     names = [scorer.spec.name for scorer in measures.rewards]
@@ -132,7 +132,7 @@ def row_of(
 def summarise(measured: Measured, ask: Questions) -> Summary:
     """Every measure with its standard error; ``KEY@TASK`` is a reward on the images of one task."""
     units = np.array(ask.prompts)
-    summary = files.summarise(measured, units, {})
+    summary = files.summarise(measured, units, {}, ask.per_prompt)
     for key in filter(_is_score, measured.per_image):
         values = measured.per_image[key]
         summary |= {f"{key}@{task}": estimate(values[rows], units[rows]) for task, rows in ask.tasks.items()}
@@ -142,7 +142,7 @@ def summarise(measured: Measured, ask: Questions) -> Summary:
 def compare(measured: Measured, other: Measured, ask: Questions) -> Summary:
     """As `summarise`, of the differences ``measured - other`` image by image."""
     units = np.array(ask.prompts)
-    summary = files.compare(measured, other, units, {})
+    summary = files.compare(measured, other, units, {}, ask.per_prompt)
     for key in filter(_is_score, measured.per_image):
         a, b = measured.per_image[key], other.per_image[key]
         summary |= {f"{key}@{task}": paired(a[rows], b[rows], units[rows]) for task, rows in ask.tasks.items()}

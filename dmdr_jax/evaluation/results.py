@@ -94,16 +94,22 @@ def columns(tags: Sequence[str], scorers: Sequence[str], in_world: bool) -> list
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
-def summarise(measured: Measured, units: np.ndarray, subsets: Mapping[str, np.ndarray]) -> Summary:
-    """Every measure with its standard error, and the strict verdict on each subset as ``strict/NAME``."""
+def summarise(measured: Measured, units: np.ndarray, subsets: Mapping[str, np.ndarray], together: int = 1) -> Summary:
+    """Every measure with its standard error, and the strict verdict on each subset as ``strict/NAME``.
+
+    Args:
+      together: see `jackknife`.
+    """
     summary = {key: estimate(values, units) for key, values in measured.per_image.items()}
     if "strict" in measured.per_image:
         strict = measured.per_image["strict"]
         summary |= {f"strict/{name}": estimate(strict[rows], units[rows]) for name, rows in subsets.items()}
-    return summary | {key: jackknife(f, len(units)) for key, f in measured.statistics.items()}
+    return summary | {key: jackknife(f, len(units), together=together) for key, f in measured.statistics.items()}
 
 
-def compare(measured: Measured, other: Measured, units: np.ndarray, subsets: Mapping[str, np.ndarray]) -> Summary:
+def compare(
+    measured: Measured, other: Measured, units: np.ndarray, subsets: Mapping[str, np.ndarray], together: int = 1
+) -> Summary:
     """As `summarise`, of the differences ``measured - other`` image by image; what only one has is left out."""
     shared = [key for key in measured.per_image if key in other.per_image]
     pairs = {key: (measured.per_image[key], other.per_image[key]) for key in shared}
@@ -112,7 +118,8 @@ def compare(measured: Measured, other: Measured, units: np.ndarray, subsets: Map
         a, b = pairs["strict"]
         result |= {f"strict/{name}": paired(a[rows], b[rows], units[rows]) for name, rows in subsets.items()}
     for key in (key for key in measured.statistics if key in other.statistics):
-        result[key] = jackknife(_difference(measured.statistics[key], other.statistics[key]), len(units))
+        difference = _difference(measured.statistics[key], other.statistics[key])
+        result[key] = jackknife(difference, len(units), together=together)
     return result
 
 

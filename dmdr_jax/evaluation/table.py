@@ -117,15 +117,20 @@ def paired(values: np.ndarray, others: np.ndarray, units: Units | None = None) -
     return estimate(difference, units)
 
 
-def jackknife(statistic: Statistic, n: int, blocks: int = BLOCKS) -> Estimate:
+def jackknife(statistic: Statistic, n: int, blocks: int = BLOCKS, together: int = 1) -> Estimate:
     """A statistic of n images with its standard error, equation (2).
 
     Images are dealt to the blocks in turn, so that each block has the same mix of prompts.
+
+    Args:
+      together: how many neighbours (the images of one prompt) are dealt as one.
     """
-    blocks, index = min(blocks, n), np.arange(n)
+    index = np.arange(n)
+    block = index // together
+    blocks = min(blocks, int(block[-1]) + 1) if n else 0
     if blocks < 2:
         return Estimate(statistic(index), math.nan, n)
-    left_out = np.array([statistic(index[index % blocks != b]) for b in range(blocks)])
+    left_out = np.array([statistic(index[block % blocks != b]) for b in range(blocks)])
     se = math.sqrt((blocks - 1) / blocks * ((left_out - left_out.mean()) ** 2).sum())
     return Estimate(statistic(index), se, n, blocks - 1)
 

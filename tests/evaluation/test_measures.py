@@ -138,6 +138,15 @@ def test_malformed_features(text, message):
         open_network(parse_features(text))
 
 
+def test_too_few_images_for_a_distance(ask, tmp_path):
+    write_pictures(tmp_path / "few", 3)
+    embed = f"f={tmp_path / 'embed.py'}:means"
+    with pytest.raises(UserError, match="at least 8 images of each model, not 2"):
+        ask("--features", embed, "--limit", "2")
+    with pytest.raises(UserError, match="must hold at least 8 images"):
+        ask("--features", embed, "--reference", f"few={tmp_path / 'few'}")
+
+
 def test_the_middle_square():
     x = np.arange(5 * 8 * 3).reshape(5, 8, 3)
     assert np.array_equal(centre(x), x[:, 1:6])

@@ -10,6 +10,7 @@ from dmdr_jax.evaluation.table import (
     decide,
     estimate,
     format_estimate,
+    format_interval,
     jackknife,
     markdown_table,
     paired,
@@ -96,6 +97,25 @@ def test_jackknife_in_blocks_of_a_mean():
     means = x.reshape(10, 4).mean(0)  # block b holds images b, b + 4, ...
     got = jackknife(lambda index: float(x[index].mean()), 40, blocks=4)
     assert got.se == pytest.approx(means.std(ddof=1) / 2)
+
+
+def test_jackknife_keeps_the_images_of_a_prompt_together():
+    x = np.repeat(np.random.default_rng(3).normal(size=12), 5)  # five equal images of each of twelve prompts
+    alone, together = (jackknife(lambda index: float(x[index].mean()), 60, together=k) for k in (1, 5))
+    assert together.se == pytest.approx(x[::5].std(ddof=1) / math.sqrt(12))
+    assert together.freedom == 11
+    assert alone.mean == together.mean
+
+
+def test_intervals_are_students():
+    got = estimate(np.array([1.0, 2.0, 4.0, 9.0]))
+    assert got.freedom == 3
+    assert got.interval() == pytest.approx((4 - 3.182446 * got.se, 4 + 3.182446 * got.se), rel=1e-6)
+    assert Estimate(1.0, 0.5, 9).interval() == pytest.approx((1 - 1.959964 * 0.5, 1 + 1.959964 * 0.5), rel=1e-6)
+    assert estimate(np.arange(6.0), ["a", "a", "b", "b", "c", "c"]).freedom == 2
+    assert all(map(math.isnan, Estimate(1.0, math.nan, 1).interval()))
+    assert format_interval(Estimate(0.2, 0.1, 9), 2, times=10) == "[+0.04, +3.96]"
+    assert format_interval(None) == "–"
 
 
 @pytest.mark.parametrize(
