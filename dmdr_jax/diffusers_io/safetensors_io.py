@@ -1,14 +1,13 @@
 """Weight files of a model folder: streamed into a parameter tree, and out of one.
 
-Reading holds one leaf on the host at a time: its tensors are put side by side in the wanted type and handed to jax,
-which brings them into our layout on the way to the devices. Writing holds one leaf too. A file appears under its name
-only when it is complete.
+Reading holds one leaf on the host at a time: its tensors are put side by side in the wanted type and handed to the
+devices, which bring them into our layout. Writing holds one leaf too. A file appears under its name only when it is
+complete.
 """
 
 import contextlib
 import json
 import math
-import mmap
 import os
 import struct
 import tempfile
@@ -106,8 +105,8 @@ def read_tree(
 ) -> Any:
     """Reads a model folder into a parameter tree.
 
-    Beside the tree, one leaf is in memory at a time, in the type it is read as; the largest leaves are read first, while
-    there is room.
+    Beside the tree, at most two leaves are in memory at a time, in the type they are read as; the largest
+    leaves are read first, while there is room.
 
     Args:
       folder: the model's folder.
@@ -127,13 +126,18 @@ def read_tree(
     plan = make_plan(abstract, stored_tensors(folder, variant), folder, buffers)
     shardings = _sharding_by_path(abstract, sharding)
     shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    files: dict[Path, TensorFile] = {}
     flat: dict[keymap.Path, jax.Array] = {}
     for entry in plan.absent:
         tensor = entry.to_ours(np.asarray(buffers[entry.key]()))
         flat[entry.path] = _place(tensor.astype(dtype or tensor.dtype), shardings.get(entry.path))
-    reader = _LeafReader(dtype)
+    previous = None
     for path in sorted(plan.reads, key=lambda path: -math.prod(shapes[path])):
-        flat[path] = jax.block_until_ready(_place(reader.read(plan.reads[path]), shardings.get(path)))
+        flat[path] = _place(_read_leaf(plan.reads[path], dtype, files), shardings.get(path))
+        # A device may still be reading the leaf before; more than that one must not pile up on the host.
+        jax.block_until_ready(previous)
+        previous = flat[path]
+        _release(plan.reads[path], files)
     return unflatten({path: flat[path] for path in shapes})
 
 
@@ -299,51 +303,38 @@ def _stem(shard: str) -> str:
     return shard.split("-0", 1)[0]
 
 
-class _LeafReader:
-    """Puts the tensors of one leaf after another together, in the same memory where it can."""
+def _read_leaf(parts: tuple[Read, ...], dtype: Any, files: dict[Path, TensorFile]) -> np.ndarray:
+    """One leaf of the tree, all its stacked tensors, on the host and in our layout.
 
-    def __init__(self, dtype: Any):
-        self._dtype = dtype
-        self._files: dict[Path, TensorFile] = {}
-        self._scratch: mmap.mmap | None = None
+    Where the layouts differ, the result is a view with other strides: device_put brings it into line faster than
+    numpy can.
+    """
+    first = parts[0].entry
+    stored = [jnp.dtype(FLOATS[part.stored.dtype]) for part in parts]
+    kind = jnp.dtype(dtype) if dtype is not None else jnp.dtype(jnp.result_type(*stored))
+    if not first.index and stored[0] == kind:
+        host = first.to_ours(_tensor(parts[0], files))
+        # jax keeps a contiguous array as it is where it can, and must not keep a file's pages.
+        return host.copy() if host.flags.c_contiguous else host
+    lengths = tuple(max(part.entry.index[axis] for part in parts) + 1 for axis in range(len(first.index)))
+    host = np.empty((*lengths, *first.shape), kind)
+    for part in parts:
+        host[part.entry.index] = _tensor(part, files)
+        _release((part,), files)
+    return first.to_ours(host)
 
-    def read(self, parts: tuple[Read, ...]) -> np.ndarray:
-        """One leaf of the tree, all its stacked tensors, on the host and in our layout, valid until the next is read.
 
-        Where the layouts differ, the result is a view with other strides, which jax must copy, and brings into line
-        faster than numpy can. Else jax may keep the array itself, which then is not in the shared memory.
-        """
-        first = parts[0].entry
-        stored = [jnp.dtype(FLOATS[part.stored.dtype]) for part in parts]
-        dtype = jnp.dtype(jnp.result_type(*stored) if self._dtype is None else self._dtype)
-        lengths = tuple(max(part.entry.index[axis] for part in parts) + 1 for axis in range(len(first.index)))
-        shape = (*lengths, *first.shape)
-        host = self._shared(shape, dtype)
-        if first.to_ours(host).flags.c_contiguous:
-            host = np.empty(shape, dtype)
-        for part, own in zip(parts, stored, strict=True):
-            place = host[part.entry.index]
-            if own == dtype and place.size:
-                self._file(part).read(part.key, place)
-            else:
-                host[part.entry.index] = self._file(part).read(part.key).reshape(first.shape)
-        return first.to_ours(host)
+def _release(parts: tuple[Read, ...], files: Mapping[Path, TensorFile]) -> None:
+    for part in parts:
+        files[part.stored.file].release(part.key)
 
-    def _file(self, part: Read) -> TensorFile:
-        file = part.stored.file
-        if file not in self._files:
-            self._files[file] = TensorFile(file)
-        return self._files[file]
 
-    def _shared(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array in the memory that leaves share; what a smaller leaf leaves free goes back to the system."""
-        size = math.prod(shape) * dtype.itemsize
-        if self._scratch is None or len(self._scratch) < size:
-            self._scratch = mmap.mmap(-1, max(size, 1))
-        unused = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        if unused < len(self._scratch) and hasattr(mmap, "MADV_DONTNEED"):
-            self._scratch.madvise(mmap.MADV_DONTNEED, unused)
-        return np.frombuffer(self._scratch, dtype, math.prod(shape)).reshape(shape)
+def _tensor(part: Read, files: dict[Path, TensorFile]) -> np.ndarray:
+    """A stored tensor, a view of its file."""
+    file = part.stored.file
+    if file not in files:
+        files[file] = TensorFile(file)
+    return files[file].read(part.key).reshape(part.entry.shape)
 
 
 def _place(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -1,16 +1,17 @@
-"""One safetensors file, read tensor by tensor.
+"""One safetensors file, mapped into memory and read tensor by tensor.
 
 The format: the length n of a header in 8 bytes, little-endian; n bytes of JSON that give each tensor's type, shape
-and place; the data. Tensors are read into memory that the caller chooses, so that one place can serve many; the file is
-not mapped, as mapped pages count as the process's memory and a file cut short under a mapping kills the process.
+and place; the data. Tensors come as views of the mapped file, and `TensorFile.release` hands their pages back, so
+that reading a checkpoint does not fill the process's memory with a second copy of it.
 """
 
 import dataclasses
 import json
 import math
+import mmap
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,34 +70,20 @@ class TensorFile:
             raise UserError(f"{path} does not exist.") from error
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}).") from error
-        self._stream: BinaryIO | None = None
+        self._map: mmap.mmap | None = None
 
-    def read(self, key: str, out: np.ndarray | None = None) -> np.ndarray:
-        """A tensor.
-
-        Args:
-          key: its name.
-          out: contiguous array of its type and size to read into; None for a new one of its shape.
+    def read(self, key: str) -> np.ndarray:
+        """A tensor as a read-only view of the file.
 
         Raises:
-          UserError: it is of no floating-point type, or the file has been cut short or is not there any more.
+          UserError: it is of no floating-point type, or the file is not there any more.
         """
         header = self.headers[key]
-        if out is None:
-            out = np.empty(header.shape, jnp.dtype(self.dtype(key)))
-        rest = memoryview(out.reshape(-1).view(np.uint8)) if header.size else memoryview(b"")
-        assert len(rest) == header.size, f"{key}: {len(rest)} bytes for {header.size}"
-        try:
-            self._stream = self._stream or open(self.path, "rb", buffering=0)  # noqa: SIM115
-            self._stream.seek(header.start)
-            while rest:
-                count = self._stream.readinto(rest)  # the system gives at most 2 GB at a time
-                if not count:
-                    raise _bad(self.path, f"truncated: it ends within the tensor {key!r}")
-                rest = rest[count:]
-        except OSError as error:
-            raise UserError(f"{self.path}: the tensor {key!r} cannot be read ({error}).") from error
-        return out
+        dtype = jnp.dtype(self.dtype(key))
+        if not header.size:
+            return np.empty(header.shape, dtype)
+        flat = np.frombuffer(self._mapped(), dtype, header.size // dtype.itemsize, header.start)
+        return flat.reshape(header.shape)
 
     def dtype(self, key: str) -> str:
         """numpy's name of a tensor's type; UserError unless that is a floating-point type of at least 16 bits."""
@@ -104,6 +91,22 @@ class TensorFile:
         if stored not in FLOATS:
             raise UserError(not_a_float(self.path, key, stored))
         return FLOATS[stored]
+
+    def release(self, key: str) -> None:
+        """Lets the system take back the memory of a tensor's pages (views stay valid: they are read again)."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            header = self.headers[key]
+            start = header.start - header.start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, header.end - start)
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            try:
+                with open(self.path, "rb") as stream:
+                    self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.path} cannot be read ({error}).") from error
+        return self._map
 
 
 def not_a_float(path: Path, key: str, stored: str) -> str:
