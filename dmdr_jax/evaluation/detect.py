@@ -56,14 +56,14 @@ def main(args: Any) -> None:
     with open(out, "a", encoding="utf-8") as stream:
         for file in tqdm([f for f in files if str(f.relative_to(root)) not in done], unit="image"):
             image = read_image(file)
-            found = detect(image)
+            found, record = detect(image), read_record(file)
             if name_colors:
-                wanted = colored_classes(file)
-                colored = [f for f in found if f["label"] in wanted]
+                colored = [f for f in found if f["label"] in colored_classes(record)]
                 for one, color in zip(colored, name_colors(image, colored)):
                     one["color"] = color
             listed = [{k: v for k, v in one.items() if k != "mask"} for one in found]
-            stream.write(json.dumps({"filename": str(file.relative_to(root)), "detections": listed}) + "\n")
+            line = {"filename": str(file.relative_to(root)), "detections": listed, "metadata": record}
+            stream.write(json.dumps(line) + "\n")
             stream.flush()
 
 
@@ -78,9 +78,17 @@ def names_in(out: Path) -> set[str]:
     return {json.loads(line)["filename"] for line in kept if line}
 
 
-def colored_classes(file: Path) -> set[str]:
-    """Classes whose colour the prompt of an image asks for."""
-    record = json.loads((file.parents[1] / "metadata.jsonl").read_text(encoding="utf-8"))
+def read_record(file: Path) -> dict[str, Any]:
+    """GenEval's record of the prompt that an image is of; UserError where it is missing."""
+    metadata = file.parents[1] / "metadata.jsonl"
+    try:
+        return json.loads(metadata.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{metadata} is missing or damaged ({error}): lay the images out once more.") from None
+
+
+def colored_classes(record: Mapping[str, Any]) -> set[str]:
+    """Classes whose colour a prompt asks for."""
     return {item["class"] for item in record["include"] if "color" in item}
 
 
@@ -144,12 +152,16 @@ def open_colors(path: str) -> Callable[[np.ndarray, Sequence[Found]], list[str]]
     Raises:
       UserError: there is no CLIP.
     """
+    import jax
+
     from dmdr_jax.evaluation.geneval import COLORS
-    from dmdr_jax.rewards.clip_reward import embed_pixels
-    from dmdr_jax.rewards.registry import open_reward
+    from dmdr_jax.rewards.base import RewardSpec
+    from dmdr_jax.rewards.clip_reward import embed_pixels, load_clip_reward
     from dmdr_jax.rewards.scoring import fill_up
 
-    clip = open_reward("clipscore", path)
+    clip = load_clip_reward(RewardSpec("clip", path, kind="clipscore"))
+
+    embed = jax.jit(functools.partial(embed_pixels, clip.vision))
 
     @functools.cache
     def classifier(name: str) -> np.ndarray:
@@ -163,7 +175,7 @@ def open_colors(path: str) -> Callable[[np.ndarray, Sequence[Found]], list[str]]
         for start in range(0, len(objects), BATCH):
             some = objects[start : start + BATCH]
             pixels = fill_up(clip.preprocess.published([cut_out(image, one) for one in some]), BATCH)
-            features = np.asarray(embed_pixels(clip.vision, clip.params, pixels))[: len(some)]
+            features = np.asarray(embed(clip.params, pixels))[: len(some)]
             colors += [COLORS[int((classifier(one["label"]) @ f).argmax())] for one, f in zip(some, features)]
         return colors
 

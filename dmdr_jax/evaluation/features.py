@@ -194,7 +194,9 @@ class FeatureStore:
         known = self._read()
         missing = [i for i, name in enumerate(names) if name not in known]
         progress(len(names) - len(missing))
-        network = open_network(self.spec) if missing else None
+        if not missing:
+            return
+        network = open_network(self.spec)
         for start in range(0, len(missing), LOT):
             rows = missing[start : start + LOT]
             self._add([names[i] for i in rows], network.embed(read_images([files[i] for i in rows])))

@@ -126,7 +126,7 @@ def draw_missing(
     """
     missing = gallery.missing(rows)
     progress(len(rows) - len(missing))
-    if not missing:
+    if not missing or gallery.speeds is None:
         return
     draw = Drawing(model, recipe, order, min(batch, len(missing)))
     for start in range(0, len(missing), draw.batch):

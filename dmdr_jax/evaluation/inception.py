@@ -151,11 +151,12 @@ class MixedE(nn.Module):
             return [row, ConvNorm(384, (3, 1), padding=(1, 0), name=f"{name}b")(x)]
 
         one = ConvNorm(320, name="branch1x1")(x)
-        three = fork(ConvNorm(384, name="branch3x3_1")(x), "branch3x3_2")
+        three = ConvNorm(384, name="branch3x3_1")(x)
         double = ConvNorm(448, name="branch3x3dbl_1")(x)
-        double = fork(ConvNorm(384, (3, 3), padding=(1, 1), name="branch3x3dbl_2")(double), "branch3x3dbl_3")
-        pooled = _max_pool(x, 1, 1) if self.by_maximum else _mean_pool(x)
-        return jnp.concatenate([one, *three, *double, ConvNorm(192, name="branch_pool")(pooled)], -1)
+        double = ConvNorm(384, (3, 3), padding=(1, 1), name="branch3x3dbl_2")(double)
+        pool = ConvNorm(192, name="branch_pool")(_max_pool(x, 1, 1) if self.by_maximum else _mean_pool(x))
+        forks = [*fork(three, "branch3x3_2"), *fork(double, "branch3x3dbl_3")]
+        return jnp.concatenate([one, *forks, pool], -1)
 
 
 class Inception(nn.Module):

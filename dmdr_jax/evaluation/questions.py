@@ -108,6 +108,8 @@ def _check(args: Any) -> None:
         raise UserError("--prompts and --world exclude each other: a world brings its own prompts.")
     if args.benchmark and not args.prompts:
         raise UserError(f"--benchmark {args.benchmark} needs --prompts: the file or folder that it publishes.")
+    if args.benchmark and args.limit:
+        raise UserError("--limit leaves out prompts that --benchmark's scorer looks for: give the one or the other.")
     if args.size and not args.prompts:
         raise UserError("--size goes with --prompts: a world's images have the world's size.")
     for option in ("per_tag", "per_prompt", "limit", "batch", "keep"):

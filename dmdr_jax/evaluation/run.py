@@ -36,6 +36,9 @@ GRID_IMAGES = 64
 
 def evaluate(args: Any) -> str:
     """Does what the parsed command line ``args`` asks for; returns the table, or what other processes still owe."""
+    given = [f"--{option}" for option in ("model", "images", "detections") if getattr(args, option)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other: compare models, score images, or judge detections.")
     try:
         if args.images:
             return score_folder(args)
@@ -52,6 +55,7 @@ def evaluate(args: Any) -> str:
 def evaluate_world(args: Any, entries: list[Entry], ask: Questions) -> str:
     """Compares models in the embedded world and writes the results; returns the table."""
     started = time.time()
+    assert ask.world is not None
     _refuse_elsewhere(args, entries)
     scorers = {f"{kind}/{name}": s for kind, option in KINDS.items() for name, s in _scorers(args, option).items()}
     models = open_models(entries, args.dtype)

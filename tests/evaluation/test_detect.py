@@ -91,6 +91,7 @@ def test_every_picture_gets_a_line_and_a_kill_costs_one(folder, monkeypatch):
     lines = run(folder)
     assert [line["filename"] for line in lines] == [f"0000{i}/samples/0000{k}.png" for i in (0, 1) for k in (0, 1)]
     assert "color" not in lines[0]["detections"][0]
+    assert lines[2]["metadata"]["include"] == [{"class": "dog", "count": 1, "color": "red"}]
     assert lines[2]["detections"] == [{"label": "dog", "score": 0.9, "box": [0, 0, 9, 9], "color": "red"}]
     text = (folder / "seen.jsonl").read_text()
     (folder / "seen.jsonl").write_text(text[: -len(text) // 3])

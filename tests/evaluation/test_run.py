@@ -141,6 +141,13 @@ def test_in_a_world_processes_share_and_a_kill_costs_nothing(monkeypatch, tmp_pa
     assert drawn == []
 
 
+def test_one_thing_at_a_time(arguments):
+    with pytest.raises(UserError, match="--model and --images exclude each other"):
+        run.evaluate(arguments("--images", "pictures"))
+    with pytest.raises(UserError, match="--limit leaves out prompts"):
+        run.evaluate(arguments("--benchmark", "geneval", "--prompts", "p", "--limit", "3"))
+
+
 def test_images_from_elsewhere_are_for_prompts(arguments, tmp_path):
     with pytest.raises(UserError, match="goes with --prompts"):
         run.evaluate(arguments("--model", f"theirs=images:{tmp_path}"))
