@@ -182,7 +182,8 @@ def _unet_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _vae(config: Mapping[str, Any], dtype: Any) -> nn.Module:
     from dmdr_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
-    return AutoencoderKL(AutoencoderKLConfig.from_diffusers(config), dtype)
+    shape = AutoencoderKLConfig.from_diffusers(config)
+    return AutoencoderKL(shape, jnp.float32 if shape.force_upcast and dtype == jnp.float16 else dtype)
 
 
 def _vae_inputs(c: Any) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -30,7 +30,11 @@ _TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """Shape of the codec and the affine map of its latents; diffusers' names and meanings."""
+    """Shape of the codec and the affine map of its latents; diffusers' names and meanings.
+
+    ``force_upcast`` says that the weights' activations overflow fp16: where fp16 is asked for, such a codec computes
+    in fp32. The fp16-safe variant of SDXL's codec has it False; bf16 is safe for both.
+    """
 
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -41,6 +45,7 @@ class AutoencoderKLConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    force_upcast: bool = True
 
     @property
     def downsampling(self) -> int:
@@ -74,6 +79,7 @@ class AutoencoderKLConfig:
             use_quant_conv=config.get("use_quant_conv", True),
             use_post_quant_conv=config.get("use_post_quant_conv", True),
             mid_block_add_attention=config.get("mid_block_add_attention", True),
+            force_upcast=config.get("force_upcast", True),
         )
 
     def to_diffusers(self) -> dict[str, Any]:

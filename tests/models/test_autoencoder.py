@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dmdr_jax.diffusers_io.components import build_module
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig, latents_from_raw, raw_from_latents
 from tests.torch_weights import abstract_params, from_torch, randomise
@@ -163,6 +164,23 @@ def test_config_round_trip():
     config = AutoencoderKLConfig.from_diffusers(diffusers_config(mid_block_add_attention=False))
     assert AutoencoderKLConfig.from_diffusers(config.to_diffusers()) == config
     assert config.downsampling == 4
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_codec_that_overflows_fp16_is_not_run_in_it(force_upcast):
+    """SDXL's codec, and its fp16-safe variant whose config says so and keeps saying so."""
+    config = diffusers_config(block_out_channels=[8], force_upcast=force_upcast)
+    ours, params, _ = build(config)
+    # Activations of some 1e5, which the norm at the end brings back: beyond fp16 (65504), harmless in fp32.
+    params["decoder"]["mid_block.resnets.1"]["conv2"]["bias"] += 1e5
+    half = build_module("AutoencoderKL", config, jnp.float16)
+    raw = {"params": params}, noise(0, 1, 8, 8, 16)
+    decoded = jax.jit(functools.partial(half.apply, method="decode"))(*raw)
+    assert bool(jnp.isfinite(decoded).all()) == force_upcast
+    expected = jax.jit(functools.partial(ours.apply, method="decode"))(*raw)
+    assert not force_upcast or relative_error(decoded, np.asarray(expected)) == 0
+    assert build_module("AutoencoderKL", config, jnp.bfloat16).dtype == jnp.bfloat16
+    assert AutoencoderKLConfig.from_diffusers(config).to_diffusers()["force_upcast"] == force_upcast
 
 
 @pytest.mark.parametrize(
