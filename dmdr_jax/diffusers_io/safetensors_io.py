@@ -29,6 +29,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 """File names without suffix: diffusers' models, then transformers'."""
 
 MAX_SHARD_BYTES = 5 * 2**30
+_ALIGNMENT = 64
 
 Buffers = Mapping[str, Callable[[], np.ndarray]]
 """Tensors by key, in the checkpoint's layout, for those that a checkpoint may lack because they can be computed."""
@@ -126,18 +127,17 @@ def read_tree(
     plan = make_plan(abstract, stored_tensors(folder, variant), folder, buffers)
     shardings = _sharding_by_path(abstract, sharding)
     shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
-    files: dict[Path, TensorFile] = {}
+    reader = _LeafReader(dtype)
     flat: dict[keymap.Path, jax.Array] = {}
     for entry in plan.absent:
         tensor = entry.to_ours(np.asarray(buffers[entry.key]()))
         flat[entry.path] = _place(tensor.astype(dtype or tensor.dtype), shardings.get(entry.path))
     previous = None
     for path in sorted(plan.reads, key=lambda path: -math.prod(shapes[path])):
-        flat[path] = _place(_read_leaf(plan.reads[path], dtype, files), shardings.get(path))
-        # A device may still be reading the leaf before; more than that one must not pile up on the host.
+        flat[path] = _place(reader.read(plan.reads[path]), shardings.get(path))
+        # A device may still be reading the leaf before, whose memory the next one is given.
         jax.block_until_ready(previous)
         previous = flat[path]
-        _release(plan.reads[path], files)
     return unflatten({path: flat[path] for path in shapes})
 
 
@@ -303,45 +303,63 @@ def _stem(shard: str) -> str:
     return shard.split("-0", 1)[0]
 
 
-def _read_leaf(parts: tuple[Read, ...], dtype: Any, files: dict[Path, TensorFile]) -> np.ndarray:
-    """One leaf of the tree, all its stacked tensors, on the host and in our layout.
+class _LeafReader:
+    """Reads leaves of the tree on the host, in our layout.
 
-    Where the layouts differ, the result is a view with other strides: device_put brings it into line faster than
-    numpy can.
+    Where the layouts differ, a leaf is a view with other strides, which device_put brings into line faster than numpy
+    can. It copies such a view, so the memory behind it serves again, for the leaf after the next: fresh memory costs as
+    much time as reading into it. A leaf that needs no such copy is given memory of its own, which jax may keep.
     """
-    first = parts[0].entry
-    stored = [jnp.dtype(FLOATS[part.stored.dtype]) for part in parts]
-    kind = jnp.dtype(dtype) if dtype is not None else jnp.dtype(jnp.result_type(*stored))
-    if not first.index and stored[0] == kind:
-        host = first.to_ours(_tensor(parts[0], files))
-        # jax keeps a contiguous array as it is where it can, and must not keep a file's pages.
-        return host.copy() if host.flags.c_contiguous else host
-    lengths = tuple(max(part.entry.index[axis] for part in parts) + 1 for axis in range(len(first.index)))
-    host = np.empty((*lengths, *first.shape), kind)
-    for part in parts:
-        host[part.entry.index] = _tensor(part, files)
-        _release((part,), files)
-    return first.to_ours(host)
+
+    def __init__(self, dtype: Any):
+        self._dtype = dtype
+        self._files: dict[Path, TensorFile] = {}
+        self._used = self._next = np.empty(0, np.uint8)
+
+    def read(self, parts: tuple[Read, ...]) -> np.ndarray:
+        """One leaf, all its stacked tensors, in the type that is wanted or in the widest of those stored."""
+        first = parts[0].entry
+        stored = [jnp.dtype(FLOATS[part.stored.dtype]) for part in parts]
+        kind = jnp.dtype(self._dtype) if self._dtype is not None else jnp.dtype(jnp.result_type(*stored))
+        lengths = tuple(max(part.entry.index[axis] for part in parts) + 1 for axis in range(len(first.index)))
+        host = _aligned((*lengths, *first.shape), kind)
+        if not first.to_ours(host).flags.c_contiguous:
+            host = self._scratch(host.shape, kind)
+        for part, given in zip(parts, stored):
+            place = host[(*part.entry.index, ...)]
+            if given == kind:
+                self._file(part).read_into(part.key, place)
+            else:
+                place[...] = self._file(part).read(part.key).reshape(place.shape)
+        return first.to_ours(host)
+
+    def _scratch(self, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+        """Memory that was not used for the leaf before."""
+        self._used, self._next = self._next, self._used
+        size = math.prod(shape) * kind.itemsize
+        if self._used.size < size:
+            self._used = np.empty(size, np.uint8)
+        return self._used[:size].view(kind).reshape(shape)
+
+    def _file(self, part: Read) -> TensorFile:
+        file = part.stored.file
+        if file not in self._files:
+            self._files[file] = TensorFile(file)
+        return self._files[file]
 
 
-def _release(parts: tuple[Read, ...], files: Mapping[Path, TensorFile]) -> None:
-    for part in parts:
-        files[part.stored.file].release(part.key)
-
-
-def _tensor(part: Read, files: dict[Path, TensorFile]) -> np.ndarray:
-    """A stored tensor, a view of its file."""
-    file = part.stored.file
-    if file not in files:
-        files[file] = TensorFile(file)
-    return files[file].read(part.key).reshape(part.entry.shape)
+def _aligned(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    """Fresh memory as jax wants it, so that a CPU takes it without a copy."""
+    memory = np.empty(math.prod(shape) * kind.itemsize + _ALIGNMENT, np.uint8)
+    memory = memory[-memory.ctypes.data % _ALIGNMENT :]
+    return memory[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
 
 
 def _place(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(host)
 
-    # Each process hands over only what its own devices hold.
+    # Each process hands over only what its own devices hold. A part in line is not copied by jax, and is ours to copy.
     def piece(index: Any) -> np.ndarray:
         part = host[index]
         return part.copy() if part.flags.c_contiguous else part

@@ -1,14 +1,13 @@
-"""One safetensors file, mapped into memory and read tensor by tensor.
+"""One safetensors file, read tensor by tensor.
 
 The format: the length n of a header in 8 bytes, little-endian; n bytes of JSON that give each tensor's type, shape
-and place; the data. Tensors come as views of the mapped file, and `TensorFile.release` hands their pages back, so
-that reading a checkpoint does not fill the process's memory with a second copy of it.
+and place; the data. Data are read straight to where they are wanted: a mapped file would cost a fault for every page,
+and its pages would count as the process's memory.
 """
 
 import dataclasses
 import json
 import math
-import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -70,20 +69,37 @@ class TensorFile:
             raise UserError(f"{path} does not exist.") from error
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}).") from error
-        self._map: mmap.mmap | None = None
 
     def read(self, key: str) -> np.ndarray:
-        """A tensor as a read-only view of the file.
+        """A tensor, in an array of its own.
 
         Raises:
           UserError: it is of no floating-point type, or the file is not there any more.
         """
+        tensor = np.empty(self.headers[key].shape, jnp.dtype(self.dtype(key)))
+        self.read_into(key, tensor)
+        return tensor
+
+    def read_into(self, key: str, place: np.ndarray) -> None:
+        """Fills ``place``, contiguous and of the tensor's type and size, whatever its shape.
+
+        Raises:
+          UserError: the file is not there any more, or has become shorter.
+        """
         header = self.headers[key]
-        dtype = jnp.dtype(self.dtype(key))
-        if not header.size:
-            return np.empty(header.shape, dtype)
-        flat = np.frombuffer(self._mapped(), dtype, header.size // dtype.itemsize, header.start)
-        return flat.reshape(header.shape)
+        rest = memoryview(place.reshape(-1).view(np.uint8))
+        if len(rest) != header.size:
+            raise ValueError(f"{len(rest)} bytes for the {header.size} of {key}")
+        try:
+            with open(self.path, "rb", buffering=0) as stream:
+                stream.seek(header.start)
+                while rest:
+                    count = stream.readinto(rest)
+                    if not count:
+                        raise _bad(self.path, f"truncated: it ends within the tensor {key!r}")
+                    rest = rest[count:]
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error}).") from error
 
     def dtype(self, key: str) -> str:
         """numpy's name of a tensor's type; UserError unless that is a floating-point type of at least 16 bits."""
@@ -91,22 +107,6 @@ class TensorFile:
         if stored not in FLOATS:
             raise UserError(not_a_float(self.path, key, stored))
         return FLOATS[stored]
-
-    def release(self, key: str) -> None:
-        """Lets the system take back the memory of a tensor's pages (views stay valid: they are read again)."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            header = self.headers[key]
-            start = header.start - header.start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, header.end - start)
-
-    def _mapped(self) -> mmap.mmap:
-        if self._map is None:
-            try:
-                with open(self.path, "rb") as stream:
-                    self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.path} cannot be read ({error}).") from error
-        return self._map
 
 
 def not_a_float(path: Path, key: str, stored: str) -> str:
