@@ -12,6 +12,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,8 +107,8 @@ def read_tree(
 ) -> Any:
     """Reads a model folder into a parameter tree.
 
-    Beside the tree, at most two leaves are in memory at a time, in the type they are read as; the largest
-    leaves are read first, while there is room.
+    Beside the tree, two leaves are in memory at a time, in the type they are read as: one on its way to the
+    devices, one that is read meanwhile. The largest leaves come first, while there is room.
 
     Args:
       folder: the model's folder.
@@ -132,12 +133,14 @@ def read_tree(
     for entry in plan.absent:
         tensor = entry.to_ours(np.asarray(buffers[entry.key]()))
         flat[entry.path] = _place(tensor.astype(dtype or tensor.dtype), shardings.get(entry.path))
-    previous = None
-    for path in sorted(plan.reads, key=lambda path: -math.prod(shapes[path])):
-        flat[path] = _place(reader.read(plan.reads[path]), shardings.get(path))
-        # A device may still be reading the leaf before, whose memory the next one is given.
-        jax.block_until_ready(previous)
-        previous = flat[path]
+    order = sorted(plan.reads, key=lambda path: -math.prod(shapes[path]))
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(reader.read, plan.reads[order[0]]) if order else None
+        for path, following in zip(order, [*order[1:], None]):
+            host = coming.result()
+            coming = following and thread.submit(reader.read, plan.reads[following])
+            # The memory of this leaf serves for the one after the next: a device must not be reading it any more.
+            flat[path] = jax.block_until_ready(_place(host, shardings.get(path)))
     return unflatten({path: flat[path] for path in shapes})
 
 
