@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 MAX_SHARD_BYTES = 5 * 2**30
 _ALIGNMENT = 64
+_READERS = 2
 
 Buffers = Mapping[str, Callable[[], np.ndarray]]
 """Tensors by key, in the checkpoint's layout, for those that a checkpoint may lack because they can be computed."""
@@ -107,8 +108,8 @@ def read_tree(
 ) -> Any:
     """Reads a model folder into a parameter tree.
 
-    Beside the tree, two leaves are in memory at a time, in the type they are read as: one on its way to the
-    devices, one that is read meanwhile. The largest leaves come first, while there is room.
+    Two threads share the leaves, the largest first, while there is room: beside the tree two of them are in memory,
+    in the type they are read as.
 
     Args:
       folder: the model's folder.
@@ -128,19 +129,20 @@ def read_tree(
     plan = make_plan(abstract, stored_tensors(folder, variant), folder, buffers)
     shardings = _sharding_by_path(abstract, sharding)
     shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
-    reader = _LeafReader(dtype)
     flat: dict[keymap.Path, jax.Array] = {}
     for entry in plan.absent:
         tensor = entry.to_ours(np.asarray(buffers[entry.key]()))
         flat[entry.path] = _place(tensor.astype(dtype or tensor.dtype), shardings.get(entry.path))
+
+    def read_share(paths: Sequence[keymap.Path]) -> dict[keymap.Path, jax.Array]:
+        reader = _LeafReader(dtype)
+        # A leaf's memory serves for the next one: a device must not be reading it any more.
+        return {p: jax.block_until_ready(_place(reader.read(plan.reads[p]), shardings.get(p))) for p in paths}
+
     order = sorted(plan.reads, key=lambda path: -math.prod(shapes[path]))
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(reader.read, plan.reads[order[0]]) if order else None
-        for path, following in zip(order, [*order[1:], None]):
-            host = coming.result()
-            coming = following and thread.submit(reader.read, plan.reads[following])
-            # The memory of this leaf serves for the one after the next: a device must not be reading it any more.
-            flat[path] = jax.block_until_ready(_place(host, shardings.get(path)))
+    with ThreadPoolExecutor(_READERS) as threads:
+        for share in threads.map(read_share, [order[i::_READERS] for i in range(_READERS)]):
+            flat |= share
     return unflatten({path: flat[path] for path in shapes})
 
 
@@ -310,14 +312,15 @@ class _LeafReader:
     """Reads leaves of the tree on the host, in our layout.
 
     Where the layouts differ, a leaf is a view with other strides, which device_put brings into line faster than numpy
-    can. It copies such a view, so the memory behind it serves again, for the leaf after the next: fresh memory costs as
-    much time as reading into it. A leaf that needs no such copy is given memory of its own, which jax may keep.
+    can. It copies such a view, so the memory behind it serves again for the next leaf, whose reading ends the use of
+    this one: fresh memory costs as much time as reading into it. A leaf that needs no such copy is given memory of its
+    own, which jax may keep.
     """
 
     def __init__(self, dtype: Any):
         self._dtype = dtype
         self._files: dict[Path, TensorFile] = {}
-        self._used = self._next = np.empty(0, np.uint8)
+        self._memory = np.empty(0, np.uint8)
 
     def read(self, parts: tuple[Read, ...]) -> np.ndarray:
         """One leaf, all its stacked tensors, in the type that is wanted or in the widest of those stored."""
@@ -337,12 +340,10 @@ class _LeafReader:
         return first.to_ours(host)
 
     def _scratch(self, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
-        """Memory that was not used for the leaf before."""
-        self._used, self._next = self._next, self._used
         size = math.prod(shape) * kind.itemsize
-        if self._used.size < size:
-            self._used = np.empty(size, np.uint8)
-        return self._used[:size].view(kind).reshape(shape)
+        if self._memory.size < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].view(kind).reshape(shape)
 
     def _file(self, part: Read) -> TensorFile:
         file = part.stored.file
