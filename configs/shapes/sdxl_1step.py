@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
     c = sdxl.get_config()
     c.student.steps = 1
     c.student.timesteps = (399,)
-    c.ode.steps = 600
-    c.ode.pairs = 4096
-    c.ode.teacher_steps = 25
+    c.ode.steps = 300
+    c.ode.pairs = 1536
+    c.ode.teacher_steps = 15
     c.ode.batch = 64
     c.ode.lr = 1e-3
     c.dynamics.dg = 0.0
