@@ -1,13 +1,16 @@
 """Images per second and peak memory of the rewards' image towers, scored and with the gradient to the pixels.
 
     python -m benchmarks.rewards --towers h14 imagereward --batch 32 --microbatch 8 --image-size 1024
+    python -m benchmarks.rewards --topology v6e:1x1 --towers h14          # of a TPU chip that is not here, memory alone
 
 Weights are random: speed and memory do not depend on them. The tiny size is for trying the program on a CPU.
 Memory is what the compiler plans for one call, parameters and images included; `in use` is the most that the device
-has reported so far, where it reports that.
+has reported so far, where it reports that. With --topology the TPU's own compiler plans, and nothing runs.
 """
 
 import json
+import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,20 +32,31 @@ GIB = 2**30
 
 
 def main(args: Any) -> None:
+    if args.topology:
+        from dmdr_jax.planning.survey import ENVIRONMENT  # nothing but a compiler
+
+        os.environ.update(ENVIRONMENT)
     import jax
 
-    device = jax.devices()[0]
+    device = chip_of(args.topology) if args.topology else jax.devices()[0]
     size = args.size or ("tiny" if device.platform == "cpu" else "full")
     print(f"{device.device_kind}, jax {jax.__version__}, {size} towers in {args.dtype}, batch {args.batch}")
     print(f"{'tower':12} {'what':9} {'images/s':>9} {'ms/call':>9} {'GiB':>7} {'in use':>7}")
-    rows = [row for tower in args.towers for row in measure(args, tower, size == "tiny")]
+    rows = [row for tower in args.towers for row in measure(args, tower, size == "tiny", device)]
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"device": device.device_kind, "size": size, **vars(args), "rows": rows}, file, indent=2)
 
 
-def measure(args: Any, tower: str, tiny: bool) -> list[dict[str, Any]]:
-    """Rows for scoring alone and with gradient."""
+def chip_of(topology: str) -> Any:
+    """A chip of a slice that is not here."""
+    from dmdr_jax.planning.topology import describe_devices, parse
+
+    return describe_devices(parse(topology))[0]
+
+
+def measure(args: Any, tower: str, tiny: bool, device: Any) -> list[dict[str, Any]]:
+    """Rows for scoring alone and with gradient; of a chip that is not here without times."""
     import jax
     import jax.numpy as jnp
 
@@ -50,7 +64,10 @@ def measure(args: Any, tower: str, tiny: bool) -> list[dict[str, Any]]:
 
     side = 32 if tiny else args.image_size
     score, params = make_scorer(tower, tiny, args.dtype, args.remat)
-    images = jax.random.uniform(jax.random.key(0), (args.batch, side, side, 3), jnp.float32)
+    there = jax.sharding.NamedSharding(jax.sharding.Mesh([device], ("chip",)), jax.sharding.PartitionSpec())
+    images = jax.ShapeDtypeStruct((args.batch, side, side, 3), jnp.float32)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), (params, images))
+    given = None if args.topology else random_like(shapes)
 
     def total(params: Any, images: Any) -> Any:
         return in_microbatches(lambda x: score(params, x), args.microbatch)(images).sum()
@@ -58,8 +75,10 @@ def measure(args: Any, tower: str, tiny: bool) -> list[dict[str, Any]]:
     programs = {"score": total, "gradient": jax.value_and_grad(total, argnums=1)}
     rows = []
     for what, program in programs.items():
-        compiled = jax.jit(program).lower(params, images).compile()
-        seconds = timed(lambda: jax.block_until_ready(compiled(params, images)), args.repeats)
+        compiled = jax.jit(program).lower(*shapes).compile()
+        seconds = math.nan
+        if given is not None:
+            seconds = timed(lambda: jax.block_until_ready(compiled(*given)), args.repeats)
         row = {
             "tower": tower,
             "what": what,
@@ -77,7 +96,7 @@ def measure(args: Any, tower: str, tiny: bool) -> list[dict[str, Any]]:
 
 
 def make_scorer(tower: str, tiny: bool, dtype: str, remat: bool) -> tuple[Callable[[Any, Any], Any], Any]:
-    """`(params, images [b, h, w, 3]) -> scores [b]` of a tower with random weights, and its parameters."""
+    """`(params, images [b, h, w, 3]) -> scores [b]` of a tower, and its parameters as shapes."""
     import jax
     import jax.numpy as jnp
 
@@ -116,9 +135,17 @@ def make_scorer(tower: str, tiny: bool, dtype: str, remat: bool) -> tuple[Callab
         def score(params: Any, images: Any) -> Any:
             return embed_images(vision, preprocess, params, images)[:, 0]
 
-    leaves, treedef = jax.tree.flatten(params)
-    random = [0.02 * jax.random.normal(jax.random.key(i), leaf.shape, compute) for i, leaf in enumerate(leaves)]
-    return score, treedef.unflatten(random)
+    return score, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, compute), params)
+
+
+def random_like(shapes: Any) -> Any:
+    """Small random numbers of these shapes and types, where they are wanted."""
+    import jax
+
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    values = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves)]
+    return treedef.unflatten([jax.device_put(value, leaf.sharding) for value, leaf in zip(values, leaves)])
 
 
 def timed(call: Callable[[], Any], repeats: int) -> float:
@@ -162,6 +189,7 @@ def make_parser() -> Any:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the towers")
     parser.add_argument("--remat", action="store_true", help="recompute each layer in the backward pass")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls")
+    parser.add_argument("--topology", help="plan for a chip of this TPU slice, such as v5e:1x1, in place of measuring")
     parser.add_argument("--json", help="file for the numbers")
     return parser
 

@@ -29,4 +29,5 @@ def get_config() -> ConfigDict:
     # Folders or files of the published weights; a weight of 0 leaves a reward out.
     c.rewards.clip = base.reward("", weight=0.0, kind="dfn", start=2000)  # DFN5B-CLIP H/14 in the paper, weight 0.3
     c.rewards.hps = base.reward("", weight=0.0, kind="hps", start=2000)  # HPSv2.1, weight 0.3
+    c.watch.rewards.pick = base.judge("", kind="pickscore")  # held out: PickScore_v1, watched where its path is given
     return c

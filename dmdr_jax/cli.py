@@ -81,14 +81,15 @@ def define_config(default: str | None = None) -> None:
     """Let the program take --config and --config.KEY=VALUE."""
     from absl import flags
 
-    text = "Configuration, FILE.py or FILE.py:ARG. --config.KEY=VALUE overrides a key; --config.help lists them all."
+    text = "Configuration, FILE.py or FILE.py:ARG. --config.KEY=VALUE overrides a key; --config.help explains them."
     flags.DEFINE_string("config", default, text, required=default is None, module_name=sys.argv[0])
 
 
 def parse_flags(argv: Sequence[str]) -> ConfigDict | None:
     """Parse absl's flags; returns the configuration, overridden and locked, where the program has one.
 
-    `--help` prints the program's docstring and flags, `--config.help` the configuration's keys as well; both exit.
+    `--help` prints the program's docstring and flags, `--config.help` the configuration's keys and what they mean as
+    well; both exit.
 
     Raises:
       UserError: a flag is unknown, missing or malformed, or a config key does not exist.
@@ -110,6 +111,11 @@ def parse_flags(argv: Sequence[str]) -> ConfigDict | None:
     if unused:
         raise UserError(f"unexpected argument {unused[0]!r}; flags are written --name=value")
     return load_config(flags.FLAGS.config, overrides) if has_config else None
+
+
+def overrides_of(argv: Sequence[str]) -> list[str]:
+    """The overrides of a command line, "KEY=VALUE" each, as `load_config` takes them."""
+    return _take_overrides(argv)[0]
 
 
 def _take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -142,9 +148,11 @@ def _print_help(argv: Sequence[str]) -> None:
         spec = named[-1] if named else flags.FLAGS["config"].default
         if not spec:
             raise UserError("--config.help needs --config=FILE too")
-        print(f"\nkeys of {spec}:")
-        for key, value in config_keys(load_config(spec)):
-            print(f"  --config.{key}={value!r}")
+        from dmdr_jax.config_help import listing
+
+        print(f"\nkeys of {spec}, with their values there; None: the method says it (dmdr_jax/methods.py)\n")
+        file = pathlib.Path(_find_config(spec).partition(":")[0])
+        print("\n".join(listing(file, list(config_keys(load_config(spec))))))
 
 
 # --- configurations ------------------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ from typing import Any
 
 from dmdr_jax.errors import UserError
 
-DEFAULT = "dmdr_refl"
-
 DEFAULTS: dict[str, Any] = {
     "dm.weight": 1.0,
     "dm.form": "plain",

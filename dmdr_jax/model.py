@@ -8,13 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.diffusers_io.hub import locate_lora
 from dmdr_jax.diffusers_io.lora_file import read_lora
-from dmdr_jax.diffusers_io.pipeline import Pipeline, load_pipeline
+from dmdr_jax.diffusers_io.pipeline import Pipeline, load_pipeline, without_t5
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.errors import UserError
 from dmdr_jax.generate import Recipe, teacher_recipe
+from dmdr_jax.models.attention import kernel_for
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import disk
 from dmdr_jax.training.checkpoints import load_trained
@@ -34,10 +36,6 @@ class Model:
     pipeline: Pipeline
     weights: Weights
     meta: dict[str, Any] | None = None
-
-    @property
-    def is_student(self) -> bool:
-        return self.meta is not None or self.pipeline.student is not None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -97,7 +95,7 @@ class Model:
 
 
 def with_lora(model: Model, file: str, scale: float = 1.0, alpha: float | None = None) -> Model:
-    """The model with a LoRA file on its denoiser, whoever trained it.
+    """The model with a LoRA (a file, a folder, a URL or a hub id) on its denoiser, whoever trained it.
 
     Args:
       scale: factor of the file's own scale.
@@ -108,12 +106,15 @@ def with_lora(model: Model, file: str, scale: float = 1.0, alpha: float | None =
     """
     if model.weights.lora is not None:
         raise UserError(f"this run has a LoRA of its own: export it to a folder and put {file} on that.")
-    delta, own = read_lora(file, model.weights.params, model.pipeline.denoiser, alpha)
+    delta, own = read_lora(locate_lora(file), model.weights.params, model.pipeline.denoiser, alpha)
     return dataclasses.replace(model, weights=Weights(model.weights.params, delta, scale * own))
 
 
-def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Model:
+def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True, t5: bool = True) -> Model:
     """Opens a diffusers folder, a hub id, ``shapes:NAME``, or a run (its workdir, or one checkpoint in it).
+
+    Args:
+      t5: False leaves SD3's T5 out; a run says itself whether it was trained with it.
 
     Raises:
       UserError: it is none of these, or something in it is missing or damaged.
@@ -121,7 +122,7 @@ def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Mod
     folder = Path(resolve(path))
     if disk.is_remote(path) or (folder.is_dir() and not (folder / "model_index.json").exists()):
         return open_checkpoint(path, dtype, use_ema)
-    pipeline = load_pipeline(resolve(path), dtype=dtype)
+    pipeline = _load(path, dtype, None, t5)
     return Model(pipeline, Weights(pipeline.params[pipeline.denoiser]))
 
 
@@ -131,10 +132,21 @@ def open_checkpoint(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -
     trees, meta = load_trained(path, (field,))
     if "student" not in meta or "teacher" not in meta:
         raise UserError(f"{path} was not written by dmdr_jax.train: its metadata names no teacher.")
-    pipeline = load_pipeline(resolve(meta["teacher"]), dtype=dtype, variant=meta["config"]["variant"] or None)
+    settings = meta["config"]
+    pipeline = _load(meta["teacher"], dtype, settings["variant"] or None, settings.get("t5", True))
     if pipeline.configs[pipeline.denoiser] != meta["model"]["denoiser"]:
         raise UserError(f"{path} was trained from another {pipeline.denoiser} than the one now in {meta['teacher']}.")
     base, scale = pipeline.params[pipeline.denoiser], meta["student"]["generator_lora_scale"]
     if scale is None:
         return Model(pipeline, Weights(with_buffers(trees[field], base)), meta)
     return Model(pipeline, Weights(base, trees[field], scale), meta)
+
+
+def _load(name: str, dtype: Any, variant: str | None, t5: bool) -> Pipeline:
+    """The pipeline; without T5 it is one that has none, also where it is written out again."""
+    name = resolve(name)
+    pipeline = load_pipeline(name, None if t5 else without_t5(name), dtype, variant=variant)
+    if not t5:
+        pipeline.configs = {component: pipeline.configs[component] for component in pipeline.params}
+    pipeline.attend_with(kernel_for())
+    return pipeline

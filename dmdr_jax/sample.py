@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder for the images")
     p.add_argument("--steps", type=int, help="sampler steps (default: diffusers' for a teacher, a student's own)")
     p.add_argument("--timesteps", help="the network's own timesteps to draw at, such as 999,749,499,249")
-    p.add_argument("--lora", help="a LoRA file to put on the model's denoiser: PEFT, diffusers or kohya names")
+    p.add_argument("--lora", help="a LoRA to put on the denoiser, file or hub id: PEFT, diffusers or kohya names")
     p.add_argument("--lora_scale", type=float, default=1.0, help="factor of the LoRA")
     p.add_argument("--lora_alpha", type=float, help="the LoRA's alpha, where its file does not say it")
     p.add_argument("--kernel", help="ode, renoise or cps(eta) (default: the model's own)")
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=16, help="images drawn at a time")
     p.add_argument("--format", choices=("png", "npy"), default="png", help="npy: one images.npy [b, h, w, 3] in [0, 1]")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of networks and activations")
+    p.add_argument("--no_t5", action="store_true", help="SD3 without its T5, which takes most of the memory")
     p.add_argument("--no_ema", action="store_true", help="of a run, the last weights in place of their average")
     return p
 
@@ -61,7 +62,7 @@ def main(args: Any) -> None:
     from dmdr_jax.generate import draw_images, initial_noise
     from dmdr_jax.model import open_model, with_lora
 
-    model = open_model(args.model, getattr(jnp, args.dtype), use_ema=not args.no_ema)
+    model = open_model(args.model, getattr(jnp, args.dtype), use_ema=not args.no_ema, t5=not args.no_t5)
     if args.lora:
         model = with_lora(model, args.lora, args.lora_scale, args.lora_alpha)
     size = image_size(model, args.height, args.width, latents)

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from dmdr_jax import cli
+from dmdr_jax import cli, config_help
 from dmdr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -179,6 +179,79 @@ def test_help(program, config_file):
     assert program("--config.help").returncode == 2
 
 
+# --- what keys mean ---
+
+SHIPPED = [
+    str(p.relative_to(ROOT))
+    for p in sorted((ROOT / "configs").rglob("*.py"))
+    if "def get_config(" in p.read_text() and p.stem != "common"
+]
+COMMENTED = """
+    # Of the file.
+
+    def get_config():
+        c = ConfigDict()
+        c.steps = 10  # updates
+        # Two lines
+        # above.
+        c.text = ConfigDict(
+            dict(width=3)
+        )
+        c.bare = 1
+        c.inner = _inner(2)  # a group
+        _more(c)
+        return c
+
+    def _inner(n):
+        c = ConfigDict()
+        c.rank = n  # of "#1"
+        return c
+
+    def _more(c):
+        c.last = "#no comment"  # a comment
+"""
+
+
+def test_meanings_are_the_comments_beside_keys(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(textwrap.dedent(COMMENTED))
+    found = {
+        "steps": "updates",
+        "text": "Two lines above.",
+        "bare": "",
+        "inner": "a group",
+        "inner.rank": 'of "#1"',
+        "last": "a comment",
+    }
+    assert config_help.meanings(file) == found
+    assert config_help.meaning_of("text.width", found) == "Two lines above." and not config_help.meaning_of("no", found)
+
+
+def test_every_key_of_a_run_has_its_own_meaning():
+    known = config_help.meanings(config_help.BASE)
+    keys = [key for key, _ in cli.config_keys(cli.load_config("configs/base.py"))]
+    assert len(keys) > 100
+    assert [key for key in keys if not known.get(key)] == []
+    reward = cli.load_config("configs/shapes/sd3.py").rewards.shapes_clip
+    assert [key for key in reward if not known.get(f"rewards.NAME.{key}")] == []
+
+
+@pytest.mark.parametrize("spec", SHIPPED)
+def test_every_key_of_every_configuration_is_explained(spec):
+    known = config_help.all_meanings(ROOT / spec)
+    keys = list(cli.config_keys(cli.load_config(spec)))
+    assert [key for key, _ in keys if not config_help.meaning_of(key, known)] == []
+    text = "\n".join(config_help.listing(ROOT / spec, keys))
+    assert all(f"  --config.{key}={value!r}" in text for key, value in keys)
+
+
+def test_the_programs_help_explains_every_key():
+    command = [sys.executable, "-m", "dmdr_jax.train", "--config=configs/shapes/sd3.py", "--config.help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"--config\.batch=32 +prompts per update", text)
+    assert re.search(r"--config\.rewards\.shapes_hps\.weight=0\.3 +in the loss", text)
+
+
 # --- tools without one ---
 
 
@@ -206,7 +279,7 @@ def test_tools_use_argparse_with_the_same_ending(capsys):
 
 PROGRAMS = [
     name
-    for name in ("train", "sample", "export", "evaluate", "plan", "shapes.pretrain")
+    for name in ("train", "sample", "export", "evaluate", "report", "plan", "sweep", "shapes.pretrain")
     if importlib.util.find_spec(f"dmdr_jax.{name}")
 ]
 

@@ -215,6 +215,26 @@ def test_export_refuses_what_is_there_and_kernels_diffusers_lacks(trained, tmp_p
     assert (tmp_path / "taken" / "file").read_text() == "mine"
 
 
+def test_a_student_trained_without_t5_is_drawn_and_exported_without_it(tmp_path, prompts_file, capsys):
+    folder = tiny_pipelines.save(tmp_path / "pipe")
+    config = tiny.config(folder, prompts_file, t5=False, steps=1, preview__images=1, watch__every=0)
+    train(config, tmp_path / "run")
+    ours = run_sample(
+        tmp_path / "ours", tmp_path / "run", prompts_file, latents_like(tiny_pipelines.load(folder)), tmp_path
+    )
+    export.main(export.parser().parse_args(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "student")]))
+    assert "text_encoder_3=None, tokenizer_3=None" in capsys.readouterr().out
+    pipe = tiny_pipelines.load(tmp_path / "student")
+    assert pipe.text_encoder_3 is None and not (tmp_path / "student" / "text_encoder_3").exists()
+    again = run_sample(tmp_path / "again", tmp_path / "student", prompts_file, latents_like(pipe), tmp_path)
+    assert np.abs(ours - again).max() < 1e-4
+    teachers = [
+        run_sample(tmp_path / name, folder, prompts_file, latents_like(pipe), tmp_path, "--steps", 2, *more)
+        for name, more in (("with", []), ("without", ["--no_t5"]))
+    ]
+    assert np.abs(teachers[0] - teachers[1]).max() > 1e-3
+
+
 def test_png_output_and_settings(folder, prompts_file, tmp_path):
     argv = f"--model {folder} --prompts {prompts_file} --out {tmp_path / 'o'} --steps 2 --height 16 --width 16"
     sample.main(sample.parser().parse_args([*argv.split(), "--batch", "2"]))

@@ -30,4 +30,5 @@ def get_config(stage: str, *, cold_steps: int, reward_weight: float) -> ConfigDi
         c.rewards.clip = base.reward("", weight=reward_weight, kind="dfn", start=cold_steps)
         c.rewards.hps = base.reward("", weight=reward_weight, kind="hps", start=cold_steps)
         c.rewards.hps.prompt_prefix = "Realistic photo "
+        c.watch.rewards.pick = base.judge("", kind="pickscore")  # ours: held out, watched where its path is given
     return c

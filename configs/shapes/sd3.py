@@ -42,6 +42,11 @@ def get_config() -> ConfigDict:
     c.optim.b2 = 0.98
     c.ema = 0.98
 
+    c.watch.rewards.shapes_judge = base.judge("shapes:rewards/shapes_judge")
+    c.watch.rewards.verdict = base.judge("dmdr_jax.shapes.judge:verdict")
+    c.watch.every = 50
+    c.watch.count = 32
+
     c.preview.every = 100
     c.checkpoint.every = 100
     return c

@@ -30,10 +30,15 @@ def load_prompts(spec: str) -> list[str]:
     Raises:
       UserError: the source is missing, empty, not UTF-8, or has no prompt field.
     """
-    prompts = [prompt for prompt in all_prompts(spec) if prompt]
-    if not prompts:
+    return not_blank(all_prompts(spec), spec)
+
+
+def not_blank(prompts: Sequence[str], spec: str) -> list[str]:
+    """The prompts with something in them; UserError, naming the source, where there is none."""
+    kept = [prompt for prompt in prompts if prompt]
+    if not kept:
         raise UserError(f"{spec} holds no prompts; give at least one")
-    return prompts
+    return kept
 
 
 def all_prompts(spec: str) -> list[str]:

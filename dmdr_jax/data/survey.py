@@ -46,6 +46,17 @@ def survey(prompts: Iterable[str], tokenizers: Mapping[str, tuple[Any, int]] | N
     return Survey(len(kept), len(texts) - len(kept), len(kept) - distinct, cut)
 
 
+SAMPLE = 20_000  # prompts of a source that are tokenized to be counted
+
+
+def survey_large(prompts: Sequence[str], tokenizers: Mapping[str, tuple[Any, int]]) -> Survey:
+    """As `survey`, with the overlong ones scaled up from a sample where there are millions of prompts."""
+    found, kept = survey(prompts), [text for text in prompts if text.strip()]
+    step = -(-len(kept) // SAMPLE) or 1
+    cut = {name: step * overlong(*reads, kept[::step]) for name, reads in tokenizers.items()}
+    return dataclasses.replace(found, cut=cut)
+
+
 def normalised(prompt: str) -> str:
     """A prompt in Unicode's composed form (NFC) with single spaces: what makes two prompts the same."""
     return " ".join(unicodedata.normalize("NFC", prompt).split())

@@ -72,8 +72,10 @@ def locate_network(name: str, also: Sequence[str] = ()) -> Path:
 
 
 def locate_lora(name: str) -> Path:
-    """The folder or file of a LoRA; raises as `locate`."""
+    """The folder or file of a LoRA; raises as `locate`, but not for a file that is not there."""
     patterns = [*lora_file.FILE_NAMES, lora_file.CONFIG_NAME]
+    if name.endswith(".safetensors") and not remote.is_url(name):
+        return Path(name)
     if remote.is_url(name) and name.endswith(".safetensors"):
         folder, _, file = name.rpartition("/")
         return remote.fetch(folder, [file, lora_file.CONFIG_NAME]) / file

@@ -94,9 +94,10 @@ def read_lora(
     for module, (a, b) in pairs.items():
         entry = places[module]
         leaf = flat.setdefault(entry.path, _empty_leaf(entry, shapes[entry.path], pairs, places))
-        leaf["a"][(*entry.index, ..., slice(0, a.shape[0]))] = a.transpose(keymap.TO_OURS[a.ndim])
+        here: Any = (*entry.index, ..., slice(0, a.shape[0]))
+        leaf["a"][here] = a.transpose(keymap.TO_OURS[a.ndim])
         folded = b * np.float32(scales[module] / scale)
-        leaf["b"][(*entry.index, ..., slice(0, a.shape[0]), slice(None))] = folded.transpose(keymap.TO_OURS[b.ndim])
+        leaf["b"][(*here, slice(None))] = folded.transpose(keymap.TO_OURS[b.ndim])
     return keymap.unflatten(flat), scale
 
 

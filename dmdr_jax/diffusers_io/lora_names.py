@@ -110,7 +110,7 @@ def _underscored(modules: tuple[str, ...]) -> Mapping[str, str]:
     names: dict[str, str] = {}
     shared = set()
     for module in modules:
-        for name in {module, stability_name(module, modules)} - {None}:
+        for name in {module, stability_name(module, modules) or module}:
             flat = name.replace(".", "_")
             if names.setdefault(flat, module) != module:
                 shared.add(flat)

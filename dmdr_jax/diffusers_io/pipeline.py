@@ -33,6 +33,7 @@ from dmdr_jax.diffusers_io.components import (
 )
 from dmdr_jax.diffusion.process import Flow, Process, VariancePreserving
 from dmdr_jax.errors import UserError
+from dmdr_jax.models.attention import AttentionKernel
 
 STUDENT_FILE = "dmdr_student.json"
 """Beside ``model_index.json`` of an exported student: the grid and kernel it was trained for."""
@@ -97,6 +98,11 @@ class Pipeline:
     def zero_uncond(self) -> bool:
         """Whether the absent prompt is zeros, in place of the encoded empty prompt."""
         return self.family != SD3.name and bool(self.model_index.get("force_zeros_for_empty_prompt", True))
+
+    def attend_with(self, kernel: AttentionKernel) -> None:
+        """Has denoiser and codec compute attention over long sequences with a kernel."""
+        for name in (self.denoiser, "vae"):
+            self.modules[name] = self.modules[name].clone(attention=kernel)
 
 
 def process_of(family: Family, scheduler_config: Mapping[str, Any]) -> Process:
@@ -306,6 +312,13 @@ def read_configs(folder: Path) -> tuple[Config, Config, dict[str, Config]]:
     present = _present(folder, model_index, family)
     configs = {component: _read_config(folder, component, family) for component in present}
     return model_index, read_json(folder / _SCHEDULER), configs
+
+
+def without_t5(name: str) -> list[str]:
+    """The components of a pipeline (named as for `load_pipeline`) that it cannot be without: all but SD3's T5."""
+    folder = hub.locate_configs(name)
+    model_index, _, configs = read_configs(folder)
+    return [component for component in configs if component not in hub.family_of(model_index, folder).optional]
 
 
 def _present(folder: Path, model_index: Config, family: Family) -> list[str]:

@@ -227,7 +227,7 @@ def write_tensors(
     with _arriving(Path(file)) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))  # type: ignore[call-overload]
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -332,7 +332,7 @@ class _LeafReader:
         if not first.to_ours(host).flags.c_contiguous:
             host = self._scratch(host.shape, kind)
         for part, given in zip(parts, stored):
-            place = host[(*part.entry.index, ...)]
+            place = host[(*part.entry.index, ...)]  # type: ignore[arg-type]
             if given == kind:
                 self._file(part).read_into(part.key, place)
             else:

@@ -87,7 +87,7 @@ class TensorFile:
           UserError: the file is not there any more, or has become shorter.
         """
         header = self.headers[key]
-        rest = memoryview(place.reshape(-1).view(np.uint8))
+        rest = memoryview(place.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # an array is a buffer
         if len(rest) != header.size:
             raise ValueError(f"{len(rest)} bytes for the {header.size} of {key}")
         try:

@@ -11,6 +11,7 @@ the bias ``log(MAX_SEQUENCE_LENGTH)`` in every attention is exactly the same and
 """
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ CLIP_TOWERS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
 MAX_SEQUENCE_LENGTH = 256
 """Tokens of the T5 part, as diffusers' pipeline has it by default."""
+
+_TOKENIZING = threading.Lock()  # a tokenizer that is at work in one thread must not be told another length in a second
 
 
 def tokenize(
@@ -119,5 +122,6 @@ def encode_uncond(
 
 
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
-    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    with _TOKENIZING:
+        batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
     return batch.input_ids.astype(np.int32)

@@ -66,7 +66,7 @@ def initial_scale(config: Mapping[str, Any], process: VariancePreserving, start:
     """What the Euler scheduler multiplies standard normal noise by at the time ``start``."""
     if config.get("_class_name", EULER) != EULER or _spacing(config) == "leading":
         return 1.0
-    return float(process.coefficients(np.float32(start))[1])
+    return float(process.coefficients(np.float32(start))[1])  # type: ignore[arg-type]
 
 
 def timesteps_of(process: VariancePreserving, grid: Sequence[float]) -> list[int]:

@@ -106,9 +106,8 @@ def grid_at(process: Process, timesteps: Sequence[float]) -> tuple[float, ...]:
     times = [process.time_of(k) for k in timesteps]
     descending = all(a > b for a, b in itertools.pairwise(times))
     if not times or not descending or not 0.0 < times[-1] <= times[0] <= 1.0:
-        raise UserError(
-            f"the timesteps must be descending, from {process.model_time(1.0):g} down, not {tuple(timesteps)}."
-        )
+        first = process.model_time(1.0)  # type: ignore[arg-type]  # a number does as well
+        raise UserError(f"the timesteps must be descending, from {first:g} down, not {tuple(timesteps)}.")
     return (*times, 0.0)
 
 
@@ -144,6 +143,7 @@ def flow_match_euler_sigmas(
     cfg = _complete(config)
     if sigmas is None:
         _check_steps(steps)
+        assert steps is not None
         grid = np.linspace(1.0, _sigma_min(cfg), steps)
     else:
         grid = np.asarray(sigmas, np.float32)

@@ -89,11 +89,13 @@ class Kernel:
         (2) and (3) need the state ``z`` and its time ``t`` as well.
         """
         if self.family != "cps":
+            assert z is not None and t is not None and noise is not None
             mean, std = self.transition(process, z, t, x0, eps, t_next)
             return mean + std * noise
         alpha, sigma = process.coefficients(_rows(t_next, x0))
         if not self.stochastic:
             return alpha * x0 + sigma * eps
+        assert noise is not None
         if self.eta == 1.0:
             return alpha * x0 + sigma * noise
         angle = self.eta * math.pi / 2.0

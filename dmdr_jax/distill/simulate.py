@@ -30,7 +30,7 @@ class StudentInput(NamedTuple):
 
     z: Array
     t: Array
-    index: Array
+    index: Array  # type: ignore[assignment]  # tuple.index is not missed
     simulated: Array | None
     """The simulated clean sample [b, h, w, c]: the final one for ``ode_final``, else the student's x0 at z."""
 

@@ -1,5 +1,6 @@
 """Scores of a folder of images that somebody else made: raw values, image by image."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dmdr_jax.data.prompts import read_eval_records
+from dmdr_jax.data.prompts import all_prompts
+from dmdr_jax.data.survey import survey
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation.environment import command, describe_environment
 from dmdr_jax.evaluation.images import digests, image_files
@@ -49,24 +51,36 @@ def score_folder(args: Any) -> str:
     wait_for_others("written")
     if not args.shard:  # another shard may still be reading
         shutil.rmtree(work, ignore_errors=True)
-    return table(scores, prompts)
+    return f"{describe_prompts(scorers, prompts)}\n\n{table(scores, prompts)}"
+
+
+def describe_prompts(scorers: list[Scorer], prompts: list[str]) -> str:
+    """How many there are, and what is odd about them."""
+    cut = {scorer.spec.name: scorer.cut_prompts(prompts) for scorer in scorers}
+    found = dataclasses.replace(survey(filter(None, prompts)), cut=cut)
+    return f"{found}, {prompts.count('')} empty" if "" in prompts else str(found)
 
 
 def matching_prompts(source: str | None, files: list[Path], folder: str) -> list[str]:
     """One prompt for each image.
+
+    Empty lines are prompts where they are needed for one a line, and else are passed over.
 
     Raises:
       UserError: there is no file of prompts, or it does not have one for each image.
     """
     if not source:
         raise UserError("--images needs --prompts FILE: one prompt a line, in the order of the images' file names.")
-    prompts = [record["prompt"] for record in read_eval_records(source)]
-    if len(prompts) != len(files):
-        raise UserError(
-            f"{folder} holds {len(files)} images and {source} has {len(prompts)} prompts (empty lines do not count): "
-            "give one prompt for each image, in the order of their file names."
-        )
-    return prompts
+    lines = all_prompts(source)
+    prompts = [line for line in lines if line]
+    for found in (lines, prompts):
+        if len(found) == len(files):
+            return found
+    empty = f" (and {len(lines) - len(prompts)} empty lines)" if len(prompts) < len(lines) else ""
+    raise UserError(
+        f"{folder} holds {len(files)} images and {source} has {len(prompts)} prompts{empty}: "
+        "give one prompt for each image, in the order of their file names."
+    )
 
 
 def gather(scorers: list[Scorer], names: list[str], prompts: list[str]) -> dict[str, np.ndarray]:
@@ -90,6 +104,7 @@ def document(
         "prompts": prompts,
         "images": str(args.images),
         "prompt_file": str(args.prompts),
+        "prompt_survey": describe_prompts(scorers, prompts),
         "rewards": {scorer.spec.name: scorer.describe() for scorer in scorers},
         "command": command(),
         "environment": describe_environment(),

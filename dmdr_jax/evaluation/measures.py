@@ -191,10 +191,10 @@ class Measures:
         """The images of each prompt."""
         return [files[i : i + self.per_prompt] for i in range(0, len(files), self.per_prompt)]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What the results say of the measures."""
         return {
-            "rewards": {scorer.spec.name: scorer.describe() for scorer in self.rewards},
+            "rewards": {s.spec.name: s.describe() | {"cut_prompts": s.cut_prompts(prompts)} for s in self.rewards},
             "features": {s.spec.name: dataclasses.asdict(s.spec) | {"known_as": s.folder.name} for s in self.features},
             "references": self.references,
             "lpips": self.lpips and self._lpips_is,

@@ -52,32 +52,40 @@ class Thresholds:
       gap: in z-units, above which the trained rewards have left the held-out ones behind.
       fall: in z-units, of the held-out rewards below their best so far.
       diversity: share of the teacher's below which diversity counts as lost.
+      chroma: times the teacher's, above which images count as gaudy; 0: not watched.
+      clipped: share of clipped pixels above the teacher's that counts as too much; 0: not watched.
       patience: measurements in a row that must be beyond a threshold.
     """
 
     gap: float = 1.0
     fall: float = 0.3
-    diversity: float = 0.6
+    diversity: float = 0.7
+    chroma: float = 0.0
+    clipped: float = 0.0
     patience: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What is known of a student at one step, on a fixed set of prompts and noise.
+    """What is known of a student at one step, on a fixed set of prompts and noise; None: not measured.
 
     Attributes:
       trained, held_out: mean z of the two kinds of rewards.
-      diversity: as a share of the teacher's; None where it is not measured.
+      diversity, chroma: as a share of the teacher's.
+      clipped: share of clipped pixels, the teacher's taken off.
     """
 
     step: int
-    trained: float
-    held_out: float
+    trained: float | None = None
+    held_out: float | None = None
     diversity: float | None = None
+    chroma: float | None = None
+    clipped: float | None = None
 
     @property
-    def gap(self) -> float:
-        return self.trained - self.held_out
+    def gap(self) -> float | None:
+        """Trained over held-out rewards; None unless both are measured."""
+        return None if self.trained is None or self.held_out is None else self.trained - self.held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +94,13 @@ class Alarm:
 
     Attributes:
       step: at which it was raised.
-      best: the last observed step before the gap opened (or diversity was lost): the checkpoint to keep.
+      best: the last observed step before the gap opened (or something else was lost): the state to keep. None where
+        no step was without fault.
       reason: in a sentence.
     """
 
     step: int
-    best: int
+    best: int | None
     reason: str
 
 
@@ -99,8 +108,8 @@ def find_alarm(history: Sequence[Observation], thresholds: Thresholds = Threshol
     """The first alarm of a run, or None.
 
     It is raised where, in `Thresholds.patience` observations in a row, either the gap is too wide and the held-out
-    rewards have fallen from their best, or diversity is lost. A wide gap alone is none: trained rewards may well gain
-    more than held-out ones while both rise.
+    rewards have fallen from their best, or diversity is lost, or images have become gaudy or clipped. A wide gap alone
+    is none: trained rewards may well gain more than held-out ones while both rise.
 
     Args:
       history: observations in the order of their steps.
@@ -108,33 +117,49 @@ def find_alarm(history: Sequence[Observation], thresholds: Thresholds = Threshol
     since: int | None = None
     best_judge = -np.inf
     for i, seen in enumerate(history):
-        best_judge = max(best_judge, seen.held_out)
-        reasons = _reasons(seen, best_judge, thresholds)
+        best_judge = best_judge if seen.held_out is None else max(best_judge, seen.held_out)
+        reasons = [*_fallen_behind(seen, best_judge, thresholds), *_lost(seen, thresholds)]
         if not reasons:
             since = None
             continue
         since = i if since is None else since
         if i - since + 1 >= thresholds.patience:
-            return Alarm(seen.step, _before(history[: since + 1], thresholds), f"{' and '.join(reasons)}.")
+            return Alarm(seen.step, last_good(history[: since + 1], thresholds), f"{' and '.join(reasons)}.")
     return None
 
 
-def _reasons(seen: Observation, best_judge: float, thresholds: Thresholds) -> list[str]:
-    reasons = []
+def last_good(history: Sequence[Observation], thresholds: Thresholds = Thresholds()) -> int | None:
+    """The last step at which no gap was open and nothing else lost; None if there is none."""
+    for seen in reversed(history):
+        if (seen.gap is None or seen.gap <= thresholds.gap) and not _lost(seen, thresholds):
+            return seen.step
+    return None
+
+
+def best_step(history: Sequence[Observation], thresholds: Thresholds = Thresholds()) -> int | None:
+    """The step to keep: before the first alarm where there is one, else the last good one."""
+    alarm = find_alarm(history, thresholds)
+    return last_good(history, thresholds) if alarm is None else alarm.best
+
+
+def _fallen_behind(seen: Observation, best_judge: float, thresholds: Thresholds) -> list[str]:
+    if seen.gap is None or seen.held_out is None:
+        return []
     fallen = best_judge - seen.held_out
-    if seen.gap > thresholds.gap and fallen > thresholds.fall:
-        reasons.append(
-            f"trained rewards are {seen.gap:.2f} standard deviations ahead of held-out ones, which fell by {fallen:.2f}"
-        )
+    if not (seen.gap > thresholds.gap and fallen > thresholds.fall):
+        return []
+    return [
+        f"trained rewards are {seen.gap:.2f} standard deviations ahead of held-out ones, which fell by {fallen:.2f}"
+    ]
+
+
+def _lost(seen: Observation, thresholds: Thresholds) -> list[str]:
+    """What is wrong with the images, whatever their rewards."""
+    reasons = []
     if seen.diversity is not None and seen.diversity < thresholds.diversity:
         reasons.append(f"diversity is down to {seen.diversity:.2f} of the teacher's")
+    if thresholds.chroma and seen.chroma is not None and seen.chroma > thresholds.chroma:
+        reasons.append(f"chroma is {seen.chroma:.2f} times the teacher's")
+    if thresholds.clipped and seen.clipped is not None and seen.clipped > thresholds.clipped:
+        reasons.append(f"{seen.clipped:.1%} more of the pixels are clipped than of the teacher's")
     return reasons
-
-
-def _before(history: Sequence[Observation], thresholds: Thresholds) -> int:
-    """The last step at which neither the gap was open nor diversity lost; the first one if there is none."""
-    for seen in reversed(history):
-        diverse = seen.diversity is None or seen.diversity >= thresholds.diversity
-        if seen.gap <= thresholds.gap and diverse:
-            return seen.step
-    return history[0].step

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from dmdr_jax.evaluation.results import IMAGES_FILE
@@ -140,16 +141,21 @@ def verdict_mark(strict: bool | None) -> str:
     return '<b class="good" title="passes">✓</b> ' if strict else '<b class="bad" title="fails">✗</b> '
 
 
-def previews(samples: Path) -> str:
+def previews(samples: epath.Path) -> str:
     """The run's own sample grids: the teacher's, and the student's from the first to the latest."""
     grids = sorted(samples.glob("student_*.png"))
     picked = sorted({round(i) for i in np.linspace(0, len(grids) - 1, min(PREVIEWS, len(grids)))})
     files = [(samples / "teacher.png", "teacher, many steps with guidance")]
     files += [(grids[i], f"student at step {int(grids[i].stem.split('_')[1])}") for i in picked]
+    return strip(files)
+
+
+def strip(files: Sequence[tuple[epath.Path, str]]) -> str:
+    """Pictures below one another, each with what it is; those that are not there are left out."""
     figures = []
     for file, text in files:
         try:
-            with Image.open(file) as image:
+            with Image.open(io.BytesIO(file.read_bytes())) as image:
                 picture = img(image, text, max_side=1100, pixelated=max(image.size) < 600)
         except OSError:  # not drawn yet, or being written at this moment
             continue

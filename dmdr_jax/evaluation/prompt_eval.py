@@ -88,7 +88,7 @@ def gather(
         "compared_with": compared_with,
         "prompts": [{**record, "noise_seed": seed} for record, seed in zip(ask.records, ask.seeds)],
         "prompt_survey": str(ask.survey),
-        "measures": measures.describe(),
+        "measures": measures.describe(ask.prompts),
         "benchmark": lay_out(contestants, measured, keys, ask, out),
         "models": rows,
         "floor": None,
@@ -192,6 +192,8 @@ def caption(
     ]
     cut = {c.name: {k: v for k, v in (c.row.get("cut_prompts") or {}).items() if v} for c in contestants}
     parts += [f"`{name}` does not read all of {_counts(found)}." for name, found in cut.items() if found]
+    unread = {scorer.spec.name: scorer.cut_prompts(ask.prompts) for scorer in measures.rewards}
+    parts += [f"The reward `{name}` does not read all of {count} prompts." for name, count in unread.items() if count]
     if measures.features:
         parts.append(f"Distances to `teacher` are to the images of `{teacher}`; they shrink with the number of images.")
     if {key.partition("/")[0] for key in keys.values()} == {"reward", "judge"}:

@@ -4,12 +4,15 @@ About one run, its evaluation or both; or about several runs side by side. The p
 elsewhere by a content security policy.
 """
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from dmdr_jax import __version__
 from dmdr_jax.errors import UserError
@@ -20,17 +23,21 @@ from dmdr_jax.evaluation.journal import write_text
 from dmdr_jax.evaluation.pictures import previews
 from dmdr_jax.evaluation.runs import Run, active_rewards
 from dmdr_jax.evaluation.sections import Results, details, flat, page, section, sections_of, series_key
+from dmdr_jax.evaluation.watched import watched
 
 SAMPLES = "samples"
 
 
-def write_report(runs: Path | Sequence[Path], evaluation: Path | None, out: Path) -> None:
+def write_report(runs: epath.PathLike | Sequence[epath.PathLike], evaluation: Path | None, out: Path) -> list[Run]:
     """Writes the page about ``runs`` (any number), with the evaluation's pictures, table and verdict if there is one.
+
+    Returns:
+      The runs as they were read.
 
     Raises:
       UserError: a run or the evaluation is not there, or neither is named.
     """
-    opened = [Run.read(run) for run in ([runs] if isinstance(runs, Path) else runs)]
+    opened = [Run.read(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
     results = evaluations.read(evaluation) if evaluation else None
     if not opened and results is None:
         raise UserError("name a run, or an evaluation with --evaluation, or both.")
@@ -41,6 +48,7 @@ def write_report(runs: Path | Sequence[Path], evaluation: Path | None, out: Path
     written = datetime.now().astimezone()
     footer = f"<footer>Written by dmdr_jax {__version__} on {written:%Y-%m-%d %H:%M %Z}.</footer>"
     write_text(out, page(title, [*sections, footer]))
+    return opened
 
 
 def about_run(run: Run, evaluation: Path | None, results: Results | None, out: Path) -> tuple[str, list[str]]:
@@ -51,6 +59,7 @@ def about_run(run: Run, evaluation: Path | None, results: Results | None, out: P
         header(title, run.folder, config, run.rows, results),
         *sections_of(evaluation, results),
         section("Training", charts(config, run.rows)),
+        section("Over-optimisation", watched(run)),
         section("As it learned", previews(run.folder / SAMPLES)),
         section("Going on", commands(run.folder, run.document, evaluation, results, out)),
         section("Settings", settings(run.document, results)),
@@ -70,7 +79,7 @@ def about_several(runs: Sequence[Run], evaluation: Path | None, results: Results
 
 
 def header(
-    title: str, run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], results: Results | None
+    title: str, run: epath.Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], results: Results | None
 ) -> str:
     """What this is, and how far it is."""
     rewards = active_rewards(config)
@@ -115,7 +124,8 @@ def charts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     curves = {
         "Rewards of the student's x0": series_of(rows, names),
         "Score gap": series_of(rows, gaps),
-        "Loss of the fake score": series_of(rows, {"fake/loss": "flow matching"}),
+        "Loss of the fake score": series_of(rows, {"fake/loss": "all noise levels"}),
+        "Loss of the fake score by noise level": series_of(rows, _by_noise(rows)),
     }
     last = rows[-1]["step"]
     figures = [_chart(title, series, last, mark) for title, series in curves.items() if series]
@@ -124,6 +134,12 @@ def charts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         "of distribution matching: its guidance part remains when the two distributions meet."
     )
     return f'<div class="charts">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def _by_noise(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The keys of the fake score's loss by noise level, from low to high, with the levels."""
+    found = sorted({key for row in rows for key in row if key.startswith("fake_by_noise/tau_")})
+    return {key: key.removeprefix("fake_by_noise/tau_").replace("_", " to ") for key in found}
 
 
 def _chart(title: str, series: Sequence[Series], last: float, mark: tuple[float, str] | None) -> str:
@@ -135,7 +151,7 @@ def _chart(title: str, series: Sequence[Series], last: float, mark: tuple[float,
 
 
 def commands(
-    run: Path, document: Mapping[str, Any], evaluation: Path | None, results: Results | None, out: Path
+    run: epath.Path, document: Mapping[str, Any], evaluation: Path | None, results: Results | None, out: Path
 ) -> str:
     """What to type next."""
     config, workdir = document["config"], shlex.quote(str(run))

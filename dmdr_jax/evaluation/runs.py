@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.training.metrics import METRICS_FILE, read_metrics
@@ -19,23 +20,24 @@ class Run:
       rows: the lines of its metrics.
     """
 
-    folder: Path
+    folder: epath.Path
     document: dict[str, Any]
     rows: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
-        """Of a workdir, at any time while it trains.
+    def read(cls, folder: epath.PathLike) -> "Run":
+        """Of a workdir, here or at a URL such as gs://bucket/runs/first, at any time while it trains.
 
         Raises:
           UserError: there is no run.
         """
+        folder = epath.Path(folder)
         file = folder / "config.json"
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = json.loads(file.read_text())
         except (OSError, ValueError):
             raise UserError(f"{file} is missing or damaged: give the workdir of python -m dmdr_jax.train.") from None
-        return cls(folder, document, read_metrics(folder) if (folder / METRICS_FILE).is_file() else [])
+        return cls(folder, document, read_metrics(folder) if (folder / METRICS_FILE).exists() else [])
 
     @property
     def config(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.data.survey import overlong
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation.images import read_images
 from dmdr_jax.evaluation.journal import Journal, key_of
@@ -90,12 +91,14 @@ class Scorer:
       dtype: of its towers.
       known_as: see `identity`.
       journal: of its scores.
+      reads: its tokenizer and the number of tokens that it reads; None for one that has none.
     """
 
     spec: RewardSpec
     dtype: str
     known_as: str
     journal: Journal
+    reads: tuple[Any, int] | None = None
 
     @classmethod
     def make(cls, spec: RewardSpec, dtype: str, work: Path, writer: int) -> "Scorer":
@@ -104,8 +107,10 @@ class Scorer:
         Raises:
           UserError: the reward cannot be read.
         """
-        known_as = identity(open_spec(spec, jnp.dtype(dtype)), dtype)
-        return cls(spec, dtype, known_as, Journal(work / f"{spec.name}-{known_as[:10]}", writer))
+        reward = open_spec(spec, jnp.dtype(dtype))
+        known_as, tokenizer = identity(reward, dtype), getattr(reward, "tokenizer", None)
+        reads = None if tokenizer is None else (tokenizer, reward.tokenize([""]).shape[-1])
+        return cls(spec, dtype, known_as, Journal(work / f"{spec.name}-{known_as[:10]}", writer), reads)
 
     def score(
         self, files: Sequence[Path], names: Sequence[str], prompts: Sequence[str], progress: Callable[[int], Any]
@@ -136,6 +141,11 @@ class Scorer:
         known = self.journal.read()
         keys = list(map(score_key, names, prompts))
         return np.array([known.get(key, np.nan) for key in keys], np.float64), sum(key in known for key in keys)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> int:
+        """How many different prompts are longer than the reward reads."""
+        texts = [self.spec.prompt_prefix + prompt for prompt in dict.fromkeys(prompts)]
+        return 0 if self.reads is None else overlong(*self.reads, texts)
 
     def describe(self) -> dict[str, Any]:
         """Everything needed to open the same reward again."""

@@ -22,7 +22,8 @@ REFERENCE_COPIES = 8
 
 def renders(world: World, records: Sequence[Record], copies: Sequence[int]) -> np.ndarray:
     """Pictures that satisfy the records, ``[len(copies) * n, h, w, 3]``; copy k of a record is always the same."""
-    scenes = [sample_scene(world, r, np.random.default_rng([r["scene_seed"], k])) for k in copies for r in records]
+    seeds = [(dict(r), k) for k in copies for r in records]
+    scenes = [sample_scene(world, r, np.random.default_rng([r["scene_seed"], k])) for r, k in seeds]
     return render(world, scenes)
 
 

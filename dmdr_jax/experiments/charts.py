@@ -198,7 +198,8 @@ def _joined(series: Series, place: Place, color: str) -> list[str]:
 
 
 def _cloud(series: Series, place: Place, color: str) -> list[str]:
-    parts, taken = [], []
+    parts: list[str] = []
+    taken: list[tuple[float, float, float]] = []
     for p in sorted(series.points, key=lambda p: -p.y):
         x, y = place(p.x, p.y)
         if math.isfinite(p.error):

@@ -11,7 +11,6 @@ evaluations. Loops count every turn, which XLA's own analysis does not.
 import argparse
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from dmdr_jax import cli
 from dmdr_jax.errors import UserError
+from dmdr_jax.planning.work import count
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,47 +118,6 @@ def ode_cost(config: Any, run: Any) -> float:
     one = count(jax.make_jaxpr(forward)(run.frozen.base, latents, times, run.batch.cond)) / config.batch
     guided = 2 if (config.ode.guidance or config.guidance.scale) > 1 else 1
     return one * (config.ode.pairs * config.ode.teacher_steps * guided + 3 * config.ode.steps * config.ode.batch)
-
-
-# --- counting ------------------------------------------------------------------------------------------------------
-
-
-def count(jaxpr: Any) -> float:
-    """Operations of the matrix products and convolutions of a (closed) jaxpr, everything it calls included.
-
-    A `while` whose turns are unknown counts once, a `cond` as its dearest branch.
-    """
-    total = 0.0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, parameters = equation.primitive.name, equation.params
-        if name == "dot_general":
-            total += 2 * equation.outvars[0].aval.size * _contracted(equation)
-        elif name == "conv_general_dilated":
-            total += 2 * equation.outvars[0].aval.size * _kernel_size(equation)
-        elif name == "scan":
-            total += parameters["length"] * count(parameters["jaxpr"])
-        elif name == "cond":
-            total += max(count(branch) for branch in parameters["branches"])
-        else:
-            total += sum(count(inner) for value in parameters.values() for inner in _jaxprs(value))
-    return total
-
-
-def _contracted(equation: Any) -> int:
-    (contracting, _), _ = equation.params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
-    return math.prod(shape[axis] for axis in contracting)
-
-
-def _kernel_size(equation: Any) -> int:
-    """Multiply-adds for one output element: the kernel's taps times the input features of a group."""
-    spec, kernel = equation.params["dimension_numbers"].rhs_spec, equation.invars[1].aval.shape
-    return math.prod(kernel) // kernel[spec[0]]
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    values = value if isinstance(value, tuple | list) else [value]
-    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Figures of an experiment, from its records."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,14 @@ X_NAMES = {
     "nfe": "network evaluations per image",
 }
 
+Drawer = Callable[[Any, Sequence[Line]], list[charts.Panel]]
+
 
 def draw(figure: Figure, experiment: Experiment, lines: Sequence[Line]) -> str | None:
     """The text of an SVG file; None where there is nothing to show yet."""
     chosen = [line for line in lines if line.row.label in (figure.rows or experiment.labels)]
-    panels = {Bars: _bars, Curves: _curves, Pareto: _pareto, Sweep: _sweep}[type(figure)](figure, chosen)
+    kinds: dict[type, Drawer] = {Bars: _bars, Curves: _curves, Pareto: _pareto, Sweep: _sweep}
+    panels = kinds[type(figure)](figure, chosen)
     return charts.write_svg(panels, describe(figure)) if panels else None
 
 
@@ -55,7 +59,7 @@ def _by_seed(line: Line, key: str) -> tuple[float, ...]:
 
 
 def _curves(figure: Curves, lines: Sequence[Line]) -> list[charts.Panel]:
-    panels = []
+    panels: list[charts.Panel] = []
     for key in figure.measures:
         series = [charts.Series(line.row.name, _along(line, key, figure.x)) for line in lines]
         series = [one for one in series if one.points]
@@ -125,7 +129,7 @@ def _front(points: Sequence[charts.Point], better: int) -> list[charts.Point]:
 def _sweep(figure: Sweep, lines: Sequence[Line]) -> list[charts.Panel]:
     placed = sorted((line for line in lines if line.row.at is not None), key=lambda line: line.row.at or 0.0)
     log_x = bool(placed) and all((line.row.at or 0.0) > 0 for line in placed)
-    spread = log_x and np.ptp(np.log10([line.row.at for line in placed])) > 1
+    spread = log_x and np.ptp(np.log10([line.row.at or 0.0 for line in placed])) > 1
     panels = []
     for key in figure.measures:
         found = [(line, estimate) for line in placed if (estimate := value(line, key))]

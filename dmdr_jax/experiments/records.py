@@ -152,7 +152,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
     config, defaults = job.config, dict(cli.config_keys(base.get_config()))
     for name in config.get("rewards", {}):
-        defaults |= dict(cli.config_keys(base.reward("", None), f"rewards.{name}."))
+        defaults |= dict(cli.config_keys(base.reward("", math.nan), f"rewards.{name}."))
     return plain({key: value for key, value in cli.config_keys(config) if defaults.get(key) != value})
 
 

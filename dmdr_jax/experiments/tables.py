@@ -94,8 +94,8 @@ def column_of(key: str) -> Column:
 def value(line: Line, key: str) -> Estimate | None:
     """A measure over the line's seeds, with its standard error; None where it was not measured."""
     stored = [values_of(record["images"], key) for record in line.records]
-    if all(x is not None for x in stored):
-        return crossed(np.stack(stored), line.first("images", "units"))
+    if (measured := [x for x in stored if x is not None]) and len(measured) == len(stored):
+        return crossed(np.stack(measured), line.first("images", "units"))
     found = [record["measures"][key] for record in line.records if key in record["measures"]]
     if not found or any(number is None for number, *_ in found):
         return None
@@ -106,9 +106,10 @@ def difference(line: Line, other: Line, key: str) -> Estimate | None:
     """``line - other`` on the same seeds, prompts and noise; None where it is not stored, or no seed is common."""
     a, b = ({record["seed"]: values_of(record["images"], key) for record in one.records} for one in (line, other))
     seeds = b if None in a else a if None in b else [seed for seed in a if seed in b]  # what is fixed meets every seed
-    pairs = [(a.get(seed, a.get(None)), b.get(seed, b.get(None))) for seed in seeds]
+    found = [(a.get(seed, a.get(None)), b.get(seed, b.get(None))) for seed in seeds]
     units = line.first("images", "units")
-    if not pairs or any(x is None or y is None for x, y in pairs):
+    pairs = [(x, y) for x, y in found if x is not None and y is not None]
+    if not pairs or len(pairs) < len(found):
         return None
     if len(pairs) == 1:
         return paired(*pairs[0], units)

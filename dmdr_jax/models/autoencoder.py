@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.models.attention import attention
+from dmdr_jax.models.attention import PLAIN, AttentionKernel, attention
 from dmdr_jax.models.layers import Conv, Dense, GroupNorm
 
 Array = jax.Array
@@ -156,6 +156,7 @@ class PixelAttention(nn.Module):
 
     groups: int
     dtype: jnp.dtype
+    kernel: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -163,7 +164,7 @@ class PixelAttention(nn.Module):
         b, h, w, c = x.shape
         y = GroupNorm(self.groups, NORM_EPS, self.dtype, name="group_norm")(x).reshape(b, h * w, 1, c)
         q, k, v = (Dense(c, dtype=self.dtype, name=name)(y) for name in ("to_q", "to_k", "to_v"))
-        y = attention(q, k, v).reshape(b, h, w, c)
+        y = attention(q, k, v, kernel=self.kernel).reshape(b, h, w, c)
         return x + Dense(c, dtype=self.dtype, name="to_out.0")(y)
 
 
@@ -172,6 +173,7 @@ class Encoder(nn.Module):
 
     config: AutoencoderKLConfig
     dtype: jnp.dtype
+    attention: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -189,7 +191,7 @@ class Encoder(nn.Module):
                     dtype=self.dtype,
                     name=f"down_blocks.{i}.downsamplers.0.conv",
                 )(x)
-        x = _mid_block(x, cfg, self.dtype)
+        x = _mid_block(x, cfg, self.dtype, self.attention)
         return _head(x, 2 * cfg.latent_channels, cfg, self.dtype)
 
 
@@ -198,13 +200,14 @@ class Decoder(nn.Module):
 
     config: AutoencoderKLConfig
     dtype: jnp.dtype
+    attention: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(self, raw: Array) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, H, W, 3]``."""
         cfg = self.config
         widths = cfg.block_out_channels[::-1]
-        x = _mid_block(Conv(widths[0], dtype=self.dtype, name="conv_in")(raw), cfg, self.dtype)
+        x = _mid_block(Conv(widths[0], dtype=self.dtype, name="conv_in")(raw), cfg, self.dtype, self.attention)
         for i, features in enumerate(widths):
             for j in range(cfg.layers_per_block + 1):
                 x = ResnetBlock(features, cfg.norm_num_groups, self.dtype, name=f"up_blocks.{i}.resnets.{j}")(x)
@@ -213,12 +216,12 @@ class Decoder(nn.Module):
         return _head(x, 3, cfg, self.dtype)
 
 
-def _mid_block(x: Array, config: AutoencoderKLConfig, dtype: jnp.dtype) -> Array:
+def _mid_block(x: Array, config: AutoencoderKLConfig, dtype: jnp.dtype, kernel: AttentionKernel) -> Array:
     """The block at the lowest resolution, the same in both networks (called inside a compact method)."""
     features, groups = config.block_out_channels[-1], config.norm_num_groups
     x = ResnetBlock(features, groups, dtype, name="mid_block.resnets.0")(x)
     if config.mid_block_add_attention:
-        x = PixelAttention(groups, dtype, name="mid_block.attentions.0")(x)
+        x = PixelAttention(groups, dtype, kernel, name="mid_block.attentions.0")(x)
     return ResnetBlock(features, groups, dtype, name="mid_block.resnets.1")(x)
 
 
@@ -233,11 +236,12 @@ class AutoencoderKL(nn.Module):
 
     config: AutoencoderKLConfig
     dtype: jnp.dtype = jnp.float32
+    attention: AttentionKernel = PLAIN
 
     def setup(self) -> None:
         cfg = self.config
-        self.encoder = Encoder(cfg, self.dtype)
-        self.decoder = Decoder(cfg, self.dtype)
+        self.encoder = Encoder(cfg, self.dtype, self.attention)
+        self.decoder = Decoder(cfg, self.dtype, self.attention)
         if cfg.use_quant_conv:
             self.quant_conv = Conv(2 * cfg.latent_channels, kernel_size=1, padding=0, dtype=self.dtype)
         if cfg.use_post_quant_conv:

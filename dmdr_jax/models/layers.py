@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.models.placement import product
+
 Array = jax.Array
 LoraScale = Array | float | None
 
@@ -49,11 +51,11 @@ class Dense(nn.Module):
         """Maps ``[b, ..., d_in]`` to ``[b, ..., features]`` in ``dtype``."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         x = x.astype(self.dtype)
-        y = _matmul(x, kernel.astype(self.dtype))
+        y = product(_matmul, x, kernel, self.dtype)
         if self.has_variable("lora", "kernel"):
             delta = self.get_variable("lora", "kernel")
-            low = _matmul(x, delta["a"].astype(self.dtype))
-            y = y + _matmul(low * _row_scale(lora_scale, low), delta["b"].astype(self.dtype))
+            low = product(_matmul, x, delta["a"], self.dtype)
+            y = y + product(_matmul, low * _row_scale(lora_scale, low), delta["b"], self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -77,11 +79,11 @@ class Conv(nn.Module):
         k = self.kernel_size
         kernel = self.param("kernel", self.kernel_init, (k, k, x.shape[-1], self.features), jnp.float32)
         x = x.astype(self.dtype)
-        y = self._convolve(x, kernel)
+        y = product(self._convolve, x, kernel, self.dtype)
         if self.has_variable("lora", "kernel"):
             delta = self.get_variable("lora", "kernel")
-            low = self._convolve(x, delta["a"])
-            y = y + (low * _row_scale(lora_scale, low)) @ delta["b"][0, 0].astype(self.dtype)
+            low = product(self._convolve, x, delta["a"], self.dtype) * _row_scale(lora_scale, x)
+            y = y + product(lambda low, b: low @ b[0, 0], low, delta["b"], self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -92,7 +94,7 @@ class Conv(nn.Module):
         pads = [(pad, pad), (pad, pad)] if isinstance(pad, int) else list(pad)
         return jax.lax.conv_general_dilated(
             x,
-            kernel.astype(self.dtype),
+            kernel,
             (self.stride, self.stride),
             pads,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

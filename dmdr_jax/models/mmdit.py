@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.models.attention import attention, merge_heads, split_heads
+from dmdr_jax.models.attention import PLAIN, AttentionKernel, attention, merge_heads, split_heads
 from dmdr_jax.models.layers import Array, Conv, Dense, LayerNorm, LoraScale, RMSNorm, gelu_tanh, timestep_embedding
-from dmdr_jax.models.remat import name_attention, remat
+from dmdr_jax.models.remat import remat
 
 # Leaves of the parameter tree that are stored and exported but never trained.
 BUFFERS = ("pos_embed.pos_embed",)
@@ -117,11 +117,13 @@ class MMDiT(nn.Module):
       config: the shape.
       dtype: of activations and matrix products.
       remat: what the backward pass recomputes of each block: see `dmdr_jax.models.remat.remat`.
+      attention: what long sequences are attended to with.
     """
 
     config: MMDiTConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(
@@ -170,11 +172,11 @@ class MMDiT(nn.Module):
                 length=end - first,
             )
             name = f"transformer_blocks.{first}:{end}"
-            (x, context), _ = scanned(cfg, self.dtype, dual, name=name)((x, context), *shared)
+            (x, context), _ = scanned(cfg, self.dtype, self.attention, dual, name=name)((x, context), *shared)
         last = cfg.num_layers - 1
         block = remat(Block, self.remat, in_scan=False)
-        name = f"transformer_blocks.{last}"
-        (x, _), _ = block(cfg, self.dtype, last in cfg.dual_attention_layers, True, name=name)((x, context), *shared)
+        name, dual = f"transformer_blocks.{last}", last in cfg.dual_attention_layers
+        (x, _), _ = block(cfg, self.dtype, self.attention, dual, True, name=name)((x, context), *shared)
 
         x = AdaNorm(2, self.dtype, name="norm_out")(x, temb, lora_scale)[0]
         features = cfg.patch_size**2 * cfg.out_channels
@@ -295,6 +297,7 @@ class Block(nn.Module):
 
     config: MMDiTConfig
     dtype: jnp.dtype
+    attention: AttentionKernel = PLAIN
     dual: bool = False
     last: bool = False
 
@@ -306,7 +309,7 @@ class Block(nn.Module):
         x, context = streams
         width = self.config.width
         norm = functools.partial(AdaNorm, dtype=self.dtype)
-        attend = functools.partial(Attention, self.config, self.dtype)
+        attend = functools.partial(Attention, self.config, self.dtype, self.attention)
         feed_forward = functools.partial(Mlp, width, self.dtype, ("net.0.proj", "net.2"), gelu_tanh, 4 * width)
         plain = LayerNorm(_NORM_EPS, affine=False, dtype=self.dtype)
 
@@ -338,6 +341,7 @@ class Attention(nn.Module):
 
     config: MMDiTConfig
     dtype: jnp.dtype
+    kernel: AttentionKernel = PLAIN
     last: bool = False
 
     @nn.compact
@@ -351,8 +355,7 @@ class Attention(nn.Module):
             text_q, text_k, text_v = self._project(context, *names, lora_scale)
             q = q if self.last else jnp.concatenate([q, text_q], axis=1)
             k, v = jnp.concatenate([k, text_k], axis=1), jnp.concatenate([v, text_v], axis=1)
-        y = merge_heads(attention(q, k, v, key_bias=key_bias))
-        y = name_attention(y)
+        y = merge_heads(attention(q, k, v, key_bias=key_bias, kernel=self.kernel))
 
         n = x.shape[1]
         out = _dense(self.config.width, self.dtype, "to_out.0")(y[:, :n], lora_scale)

@@ -7,12 +7,12 @@ from jax.ad_checkpoint import checkpoint_name
 from dmdr_jax.errors import UserError
 
 REMAT_CHOICES = ("none", "full", "dots", "names")
-_ATTENTION = "attention"
+ATTENTION_NAME = "attention"
 
 
 def name_attention(x: jax.Array) -> jax.Array:
     """Marks an attention output, which the choice "names" keeps."""
-    return checkpoint_name(x, _ATTENTION)
+    return checkpoint_name(x, ATTENTION_NAME)
 
 
 def remat(block: type[nn.Module], choice: str, in_scan: bool) -> type[nn.Module]:
@@ -32,7 +32,7 @@ def remat(block: type[nn.Module], choice: str, in_scan: bool) -> type[nn.Module]
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "names": jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+        "names": jax.checkpoint_policies.save_only_these_names(ATTENTION_NAME),
     }
     if choice not in policies:
         raise UserError(f"remat {choice!r} is unknown; choose one of {', '.join(REMAT_CHOICES)}.")

@@ -5,15 +5,16 @@ a skip connection from every layer of the way down to its mirror image on the wa
 spatial transformer are one scanned module with stacked parameters.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.models.attention import attention, merge_heads, split_heads
+from dmdr_jax.models.attention import PLAIN, AttentionKernel, attention, merge_heads, split_heads
 from dmdr_jax.models.layers import Array, Conv, Dense, GroupNorm, LayerNorm, LoraScale, gelu_exact, timestep_embedding
-from dmdr_jax.models.remat import name_attention, remat
+from dmdr_jax.models.remat import remat
 from dmdr_jax.models.unet_config import Level, UNetConfig
 
 _SPATIAL_NORM_EPS = 1e-6
@@ -27,11 +28,13 @@ class UNet2DCondition(nn.Module):
       config: the shape.
       dtype: of activations, convolutions and matrix products.
       remat: what the backward pass recomputes of resnets and transformer blocks: see `dmdr_jax.models.remat.remat`.
+      attention: what long sequences are attended to with.
     """
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(
@@ -126,7 +129,8 @@ class UNet2DCondition(nn.Module):
         if depth is None:
             return x
         name = f"{block}.attentions.{j}"
-        transformer = SpatialTransformer(self.config, depth, level.heads, self.dtype, self.remat, name=name)
+        settings = self.dtype, self.remat, self.attention
+        transformer = SpatialTransformer(self.config, depth, level.heads, *settings, name=name)
         return transformer(x, prompt_embeds, lora_scale)
 
 
@@ -181,6 +185,7 @@ class SpatialTransformer(nn.Module):
     heads: int
     dtype: jnp.dtype
     remat: str
+    attention: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(self, x: Array, prompt_embeds: Array, lora_scale: LoraScale) -> Array:
@@ -196,7 +201,7 @@ class SpatialTransformer(nn.Module):
                 in_axes=nn.broadcast,
                 length=self.depth,
             )
-            blocks = scanned(self.heads, self.dtype, name=f"transformer_blocks.0:{self.depth}")
+            blocks = scanned(self.heads, self.dtype, self.attention, name=f"transformer_blocks.0:{self.depth}")
             y, _ = blocks(y, prompt_embeds, lora_scale)
         return x + self._project(y.reshape(b, h, w, c), "proj_out", nn.initializers.zeros, lora_scale)
 
@@ -213,14 +218,16 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: jnp.dtype
+    attention: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(self, x: Array, prompt_embeds: Array, lora_scale: LoraScale) -> tuple[Array, None]:
         """Maps ``[b, n, d]`` to itself; None is for scan."""
         norms = [LayerNorm(_TOKEN_NORM_EPS, dtype=self.dtype, name=f"norm{i}") for i in (1, 2, 3)]
         y = norms[0](x)
-        x = x + Attention(self.heads, self.dtype, name="attn1")(y, y, lora_scale)
-        x = x + Attention(self.heads, self.dtype, name="attn2")(norms[1](x), prompt_embeds, lora_scale)
+        attend = functools.partial(Attention, self.heads, self.dtype, self.attention)
+        x = x + attend(name="attn1")(y, y, lora_scale)
+        x = x + attend(name="attn2")(norms[1](x), prompt_embeds, lora_scale)
 
         # GEGLU (Shazeer 2020, arXiv 2002.05202).
         width = x.shape[-1]
@@ -234,6 +241,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype
+    kernel: AttentionKernel = PLAIN
 
     @nn.compact
     def __call__(self, x: Array, context: Array, lora_scale: LoraScale) -> Array:
@@ -243,5 +251,5 @@ class Attention(nn.Module):
             split_heads(Dense(width, use_bias=False, dtype=self.dtype, name=name)(source, lora_scale), self.heads)
             for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
         )
-        y = name_attention(merge_heads(attention(q, k, v)))
+        y = merge_heads(attention(q, k, v, kernel=self.kernel))
         return Dense(width, dtype=self.dtype, name="to_out.0")(y, lora_scale)

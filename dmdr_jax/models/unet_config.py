@@ -154,8 +154,10 @@ class UNetConfig:
         levels = []
         for kind, n, depth, width, k in zip(kinds, layers, depths, self.block_out_channels[order], heads[order]):
             # diffusers reads only as many of the depths as there are resnets.
-            depth = _per_level(depth, n)[:n] if kind.startswith("CrossAttn") else (None,) * n
-            levels.append(Level(width, depth, k))
+            blocks: tuple[int | None, ...] = (None,) * n
+            if kind.startswith("CrossAttn"):
+                blocks = _per_level(depth, n)[:n]
+            levels.append(Level(width, blocks, k))
         return tuple(levels)
 
     @classmethod
@@ -251,8 +253,8 @@ def _check_blocks(config: UNetConfig) -> None:
             raise UserError(f"unet config: {name} {kinds!r} is not supported, only {' and '.join(known)} are.")
         _check_length(name, kinds, config.levels)
     if config.mid_block_type not in _MID_BLOCKS:
-        known = ", ".join(map(str, _MID_BLOCKS))
-        raise UserError(f"unet config: mid_block_type {config.mid_block_type!r} is not supported, only {known} are.")
+        only = ", ".join(map(str, _MID_BLOCKS))
+        raise UserError(f"unet config: mid_block_type {config.mid_block_type!r} is not supported, only {only} are.")
 
 
 def _check_depths(config: UNetConfig) -> None:

@@ -131,7 +131,7 @@ class Context(NamedTuple):
 
     step: Array
     x0: Array
-    index: Array
+    index: Array  # type: ignore[assignment]  # tuple.index is not missed
     t: Array
     draw: DMDraw | None = None
     images: Array | None = None
@@ -149,6 +149,10 @@ class Context(NamedTuple):
     importance: Array | None = None
     features: FeatureSets | None = None
     realness: Array | None = None
+
+
+MATCHING = {"dm", "adversarial"}
+"""Terms that read no reward."""
 
 
 class Term(Protocol):
@@ -185,6 +189,14 @@ def separate_fake_updates(terms: Iterable[Term], updates: int) -> int:
     """How many fake updates of their own come before each generator update: 0 where it makes them itself, or none."""
     needs = needs_of(terms)
     return updates if needs & FAKE_SCORE_NEEDS and FAKE_ON_ROLLOUT not in needs else 0
+
+
+def stage(terms: Sequence[Term], step: int) -> str:
+    """What the run is about after ``step`` generator steps, by the terms of its objective that count."""
+    active = active_terms(terms, step)
+    if {term.name for term in active} <= MATCHING:
+        return "matching" if {term.name for term in terms} <= MATCHING else "cold start"
+    return "joint stage" if trains_fake(active) else "rewards alone"
 
 
 def total_loss(terms: Sequence[Term], ctx: Context) -> tuple[Array, Metrics]:

@@ -87,7 +87,7 @@ class ClipFile:
       source: where they lie, for messages.
       tensors: under transformers' names.
       config: of the network.
-      preprocessing: `image_mean` and `image_std` where a config gives them.
+      preprocessing: `image_mean`, `image_std` and what else a config says of it.
       open_clip: whether they have open_clip's names.
     """
 
@@ -223,7 +223,8 @@ def _open_clip_preprocessing(settings: Mapping[str, Any], file: Path) -> dict[st
         raise UserError(
             f"{file}: images are to be resized by {settings['interpolation']!r}; only bicubic is supported."
         )
-    return {f"image_{name}": settings[name] for name in ("mean", "std") if name in settings}
+    found = {f"image_{name}": settings[name] for name in ("mean", "std") if name in settings}
+    return found | {name: settings[name] for name in ("resize_mode",) if name in settings}
 
 
 def _infer(

@@ -23,7 +23,7 @@ from dmdr_jax.rewards.base import Params, RewardSpec
 from dmdr_jax.rewards.clip_files import ClipFile, open_clip_file
 from dmdr_jax.rewards.feature_cache import FeatureCache
 from dmdr_jax.rewards.kinds import KINDS, Kind, find_kind
-from dmdr_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
+from dmdr_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing, stated_resize
 from dmdr_jax.rewards.scoring import TowerScorer
 from dmdr_jax.rewards.tokenizers import clean_text, clip_tokenizer, token_ids
 from dmdr_jax.rewards.weights import fill_tree
@@ -205,7 +205,7 @@ def load_clip_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = F
 def preprocessing_of(spec: RewardSpec, kind: Kind, file: ClipFile) -> Preprocessing:
     """The kind's way to a square (or the spec's), with the mean and standard deviation of the file's folder."""
     crop = "round" if file.open_clip else kind.crop
-    how = {"resize": spec.resize or kind.resize, "crop": crop}
+    how = {"resize": spec.resize or kind.resize or stated_resize(file.preprocessing), "crop": crop}
     return Preprocessing.from_config(file.preprocessing, file.config.vision.image_size, **how)
 
 

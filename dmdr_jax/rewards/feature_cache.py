@@ -1,4 +1,4 @@
-"""Features of texts that have been computed before."""
+"""Features of texts that have been computed before: of single texts, and of training's batches."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from dmdr_jax.rewards.base import Reward
+from dmdr_jax.rewards.contrast import texts
 
 CAPACITY = 65536
 """Texts remembered by default: a quarter of a gibibyte of ViT-H features."""
@@ -43,6 +46,44 @@ class FeatureCache:
         while len(self._rows) > self._capacity:
             self._rows.popitem(last=False)
         return found
+
+
+class BatchFeatures:
+    """Text features of training's batches, on the devices: a batch whose prompts are all known is not computed again.
+
+    Nothing waits for a device: what one call computes is fetched at the next, when it has long been there.
+
+    Args:
+      reward: whose features they are.
+      place: puts rows ``[b, ...]`` on the devices.
+      capacity: prompts to remember.
+    """
+
+    def __init__(self, reward: Reward, place: Callable[[np.ndarray], Any], capacity: int = CAPACITY):
+        self._reward, self._place, self._capacity = reward, place, capacity
+        self._rows: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
+        self._pending: tuple[list[tuple[str, ...]], Any] | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> Any:
+        """Features ``[b, ...]`` of a batch of prompts."""
+        self._remember()
+        # By what is read, not by the prompt: a contrast's words differ from batch to batch.
+        keys = [tuple(row) for row in texts(self._reward.spec, prompts)]
+        if all(key in self._rows for key in keys):
+            for key in keys:
+                self._rows.move_to_end(key)
+            return self._place(np.stack([self._rows[key] for key in keys]))
+        features = self._reward.text_features(self._place(self._reward.tokenize(prompts)))
+        self._pending = keys, features
+        return features
+
+    def _remember(self) -> None:
+        if self._pending is not None:
+            keys, features = self._pending
+            self._rows.update((key, row.copy()) for key, row in zip(keys, on_host(features)))
+            self._pending = None
+        while len(self._rows) > self._capacity:
+            self._rows.popitem(last=False)
 
 
 def on_host(array: Any) -> np.ndarray:

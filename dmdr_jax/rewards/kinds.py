@@ -16,7 +16,7 @@ class Kind:
 
     Attributes:
       network: `CLIP`, `AESTHETIC`, `IMAGE_REWARD` or `PYTHON`.
-      resize, crop: see `dmdr_jax.rewards.preprocess.Preprocessing`.
+      resize, crop: see `dmdr_jax.rewards.preprocess.Preprocessing`; resize "" is what the files say, else "squash".
       activation: of a CLIP whose files do not say it.
       clean: whether prompts pass open_clip's cleaning before the tokenizer.
       logit_scale: whether the score is the cosine times exp(logit_scale), not the plain cosine.
@@ -35,8 +35,8 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    # As DMDR trains with it: any CLIP, the image squashed.
-    "clip": Kind(shown_times=100.0),
+    # Any CLIP, images prepared as its own files say; squashed where they do not, as DMDR trains.
+    "clip": Kind(resize="", shown_times=100.0),
     # open_clip's transform of DFN weights.
     "dfn": Kind(activation="quick_gelu", clean=True, shown_times=100.0),
     # HPSv2 and HPSv2.1: hpsv2/img_score.py.

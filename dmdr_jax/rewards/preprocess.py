@@ -26,6 +26,16 @@ RESIZES = ("squash", "crop", "pad")
 CROPS = ("floor", "round")
 
 
+_OPEN_CLIP_RESIZES = {"squash": "squash", "shortest": "crop", "longest": "pad"}
+
+
+def stated_resize(settings: Mapping[str, Any]) -> str:
+    """The way to a square that an `open_clip_config.json` or a `preprocessor_config.json` says; "squash" if none."""
+    if "resize_mode" in settings:
+        return _OPEN_CLIP_RESIZES.get(settings["resize_mode"], "squash")
+    return "crop" if settings.get("do_center_crop") else "squash"
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """How images become the tower's input; every resize is bicubic with antialiasing, Keys' a = -0.5.

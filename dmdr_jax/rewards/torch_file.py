@@ -11,6 +11,7 @@ import mmap
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,7 +46,8 @@ _DTYPE_NAMES = (
 # What the unpickler and the functions it calls raise on a file that is damaged.
 _DAMAGE = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError),
-    *(OverflowError, MemoryError, RecursionError, struct.error, zipfile.BadZipFile),
+    *(OverflowError, MemoryError, RecursionError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),  # packed in an unknown way, or encrypted
 )
 
 
@@ -263,8 +265,11 @@ def _compressed(path: Path, name: str) -> Callable[[], np.ndarray]:
     """Reads an entry of an archive that somebody has packed anew."""
 
     def load() -> np.ndarray:
-        with zipfile.ZipFile(path) as archive:
-            return np.frombuffer(archive.read(name), np.uint8)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return np.frombuffer(archive.read(name), np.uint8)
+        except _DAMAGE as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again.") from error
 
     return load
 

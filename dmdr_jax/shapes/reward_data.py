@@ -163,7 +163,7 @@ def spoilt(
     if kind == "patchwork":
         return others + _smooth_masks(n, size, rng) * (images - others)
     if kind == "blurred":
-        sigmas = rng.uniform(1.0, 3.0, n)
+        sigmas = rng.uniform(1.0, 3.0, (n,))
         return np.stack([ndimage.gaussian_filter(x, (s, s, 0), mode="nearest") for x, s in zip(images, sigmas)])
     if kind == "noisy":
         return np.clip(images + rng.uniform(0.1, 0.3, (n, 1, 1, 1)) * rng.normal(size=images.shape), 0, 1)
@@ -278,11 +278,11 @@ def _spoilt_mixture(world: World, choice, records, scenes, clean, rng: Rng) -> t
     ]
     share_ground = rng.random(len(scenes)) < 0.7
     others = [Scene(o.objects, (s if same else o).background) for o, s, same in zip(others, scenes, share_ground)]
-    others = render(world, others)
+    elsewhere = render(world, others)
     kinds = rng.choice([KINDS.index(kind) for kind in choice], len(scenes))
     images = np.empty_like(clean)
     for kind in np.unique(kinds):
         rows = np.flatnonzero(kinds == kind)
         chosen = [scenes[i] for i in rows]
-        images[rows] = spoilt(KINDS[kind], chosen, clean[rows], emptied[rows], others[rows], rng)
+        images[rows] = spoilt(KINDS[kind], chosen, clean[rows], emptied[rows], elsewhere[rows], rng)
     return images, kinds

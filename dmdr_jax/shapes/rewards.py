@@ -136,9 +136,9 @@ def preference_pairs(groups: Groups, worse_kinds: tuple[str, ...], equal_share: 
     for i in range(count):
         choices = np.flatnonzero(fails[i])
         is_equal = rng.random() < equal_share or not len(choices)
-        other = groups.images[rng.choice(by_prompt[groups.prompt[i]]), 0] if is_equal else None
+        where = (rng.choice(by_prompt[groups.prompt[i]]), 0) if is_equal else (i, rng.choice(choices))
         better.append(groups.images[i, 0])
-        worse.append(other if is_equal else groups.images[i, rng.choice(choices)])
+        worse.append(groups.images[where])
         prompt.append(groups.prompt[i])
         equal.append(is_equal)
     return Pairs(np.stack(better), np.stack(worse), np.array(prompt), np.array(equal))

@@ -20,6 +20,8 @@ from dmdr_jax.rewards.base import Reward, RewardSpec
 from dmdr_jax.rewards.clip_reward import ClipReward, Preprocessing, abstract_clip, split_params, towers
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import setup
+from dmdr_jax.training.layout import Layout
+from dmdr_jax.training.mesh_choice import Residents, residents
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
 
@@ -51,10 +53,14 @@ class AbstractRun:
     state: TrainState
     frozen: Frozen
     batch: Batch
+    pipeline: Pipeline
 
     @classmethod
-    def of(cls, config: Any) -> "AbstractRun":
+    def of(cls, config: Any, mesh: jax.sharding.Mesh | None = None) -> "AbstractRun":
         """The run of a configuration; every reward with a weight is taken for a `CLIP_H14`.
+
+        Args:
+          mesh: whose devices' attention kernel the networks use; None: plain attention.
 
         Raises:
           UserError: the configuration is refused, as by the training program.
@@ -63,7 +69,11 @@ class AbstractRun:
         stored = setup.choice("config.base_dtype", config.base_dtype, setup.DTYPES)
         compute = setup.choice("config.compute_dtype", config.compute_dtype, setup.DTYPES)
         pipeline = abstract_pipeline(resolve(config.model), stored, compute)
+        if not config.t5:
+            pipeline.params.pop(T5, None)
         setup.set_remat(config, pipeline)
+        if mesh is not None:
+            setup.set_attention(config, pipeline, mesh)
         rewards = tuple(abstract_reward(spec, stored, config.remat != "none") for spec in setup.reward_specs(config))
         terms, plan = setup.make_terms(config, rewards), setup.make_plan(config, pipeline, rewards)
         base = pipeline.params[pipeline.denoiser]
@@ -76,7 +86,27 @@ class AbstractRun:
         )
         text = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
         cond = _encoded(encode, config, pipeline, plan, config.batch, max_sequence_length=config.t5_length)
-        return cls(plan, terms, state, frozen, Batch(cond, {reward.spec.name: text for reward in rewards}))
+        batch = Batch(cond, {reward.spec.name: text for reward in rewards})
+        return cls(plan, terms, state, frozen, batch, pipeline)
+
+    def residents(self) -> Residents:
+        """What lives on the devices between steps."""
+        full = self.plan.generator_lora_scale is None
+        return residents(self.state, self.pipeline.params, self.frozen.rewards, full)
+
+    def placed(self, layout: Layout) -> "AbstractRun":
+        """The same run with every shape placed as the training program places the array.
+
+        Raises:
+          UserError: the batch does not divide over the mesh.
+        """
+        copies = layout.whole(self.frozen)
+        base = layout.with_shardings(
+            self.frozen.base, layout.component_shardings(self.pipeline.denoiser, self.frozen.base)
+        )
+        batch = layout.with_shardings(self.batch, layout.batch_shardings(self.batch))
+        state = layout.abstract_state(self.state)
+        return dataclasses.replace(self, state=state, frozen=copies.replace(base=base), batch=batch)
 
     def trace(self, step: int | None = None) -> tuple[TrainState, TrainState]:
         """The states after a fake update and after a generator update, as shapes; a mistake in either raises.
@@ -103,7 +133,7 @@ def abstract_reward(spec: RewardSpec, dtype: Any, remat: bool) -> Reward:
 def _encoded(function: Any, config: Any, pipeline: Pipeline, plan: Plan, batch: int, **fixed: Any) -> Any:
     """The shapes of what the text encoders give for ``batch`` prompts."""
     lengths = {name: pipeline.modules[name].config.max_position_embeddings for name in CLIP_TOWERS}
-    if T5 in pipeline.modules:
+    if T5 in pipeline.params:
         lengths[T5] = config.t5_length
     ids = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32) for name, length in lengths.items()}
     params = {name: pipeline.params[name] for name in lengths}

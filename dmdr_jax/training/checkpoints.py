@@ -30,7 +30,18 @@ Meta = dict[str, Any]
 
 FORMAT = 1
 FOLDER = "checkpoints"  # of a workdir
+BEST, BEST_FILE = "best", "best.json"  # a name for the checkpoint that this file of the workdir says, see `watch`
 _STATE, _META = "state", "meta"  # items of a step
+
+
+class _Preserved:
+    """A policy of Orbax that keeps one step, whatever the others say."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -52,7 +63,8 @@ class Checkpoints:
         self.directory = disk.absolute(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; checkpoints need a directory, so move it or name another")
-        policies: list[Any] = [checkpoint_managers.LatestN(max(keep, 1))]
+        self._preserved = _Preserved()
+        policies: list[Any] = [checkpoint_managers.LatestN(max(keep, 1)), self._preserved]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
@@ -66,6 +78,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The latest step on disk, or None where there is no checkpoint; one that is being saved does not count."""
         return max(_finished_steps(self.directory), default=None)
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending, one that is being saved included."""
+        return sorted({*_finished_steps(self.directory), *([] if self._saved is None else [self._saved])})
+
+    def preserve(self, step: int | None) -> None:
+        """Keeps this step besides the latest ones, in place of the step that was kept so before."""
+        self._preserved.step = step
 
     def save(self, step: int, state: Tree, meta: Meta | None = None) -> None:
         """Start saving; returns when the state is copied off the devices, so the caller may donate it.
@@ -174,8 +194,13 @@ def _read_fields(folder: epath.Path, fields: Sequence[str]) -> dict[str, Tree]:
 
 
 def find_step(path: epath.PathLike) -> epath.Path:
-    """The step folder that `path` means: itself, or the latest of a checkpoints folder or workdir."""
+    """The step folder that `path` means: itself, the latest of a checkpoints folder or workdir, or WORKDIR/best."""
     path = disk.absolute(path)
+    if path.name == BEST and not path.exists() and (path.parent / BEST_FILE).exists():
+        step = json.loads((path.parent / BEST_FILE).read_text())["step"]
+        if step is None:
+            raise UserError(f"{path.parent / BEST_FILE} names none: all checkpoints are younger than the reward gap")
+        path = path.parent / FOLDER / str(step)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; check the path")
     if _is_step(path):

@@ -26,8 +26,10 @@ from dmdr_jax.objectives.augmentation import AdvantageAugmentation
 from dmdr_jax.objectives.base import (
     DM_REWARD,
     FAKE_ON_ROLLOUT,
+    FAKE_SCORE_NEEDS,
     GROUPS,
     LAST_STEP,
+    MATCHING,
     PAIRS,
     REFERENCE,
     TARGETS,
@@ -86,6 +88,8 @@ def _dm(config: Any, **own: Any) -> DistributionMatching | None:
     weight, extra = own.pop("weight", config.dm.weight), own.pop("extra", frozenset())
     if config.dm.form == "prompt_group":
         extra |= {GROUPS}
+    if config.rollout.reuse:
+        extra |= {FAKE_ON_ROLLOUT}
     return DistributionMatching(weight, extra=extra, **own) if weight else None
 
 
@@ -207,6 +211,7 @@ def make_method_plan(
     needs, specs = needs_of(terms), tuple(reward.spec for reward in rewards)
     form = _choice("dm.form", config.dm.form, tuple(DRAWS))
     _check(config, needs, simulation, denoiser)
+    _check_reuse(config, terms)
     keeps = {REFERENCE: "reference", TARGETS: "spread"}
     gan = _gan_spec(config, denoiser, optimiser)
     kept = {name for need, name in keeps.items() if need in needs} | ({"gan"} if gan else set())
@@ -220,7 +225,7 @@ def make_method_plan(
         density=_choice("policy.density", config.policy.density, DENSITIES),
         kl_form=_choice("policy.kl_form", config.policy.kl_form, KL_FORMS),
         updates=config.fake.updates if is_gdmd else config.rollout.updates,
-        fake_updates=config.fake.updates if is_gdmd else config.last_step.fake_updates,
+        fake_updates=config.fake.updates if is_gdmd or config.rollout.reuse else config.last_step.fake_updates,
         draws=config.gndm.draws,
         draw_mode=DRAWS[form] or form,
         draw_rms=config.gndm.rms,
@@ -296,6 +301,18 @@ def _check(config: Any, needs: frozenset[str], simulation: Simulation, denoiser:
         )
     if config.dm.form == "boundary" and TARGETS in needs:
         raise UserError("config.dm.form=boundary matches latents, which GDMD cannot decode: take plain or split.")
+
+
+def _check_reuse(config: Any, terms: Sequence[Term]) -> None:
+    """Fake updates on the generator's rollout are there wherever the distribution is matched, and nowhere else."""
+    if not config.rollout.reuse:
+        return
+    others = [t.name for t in terms if t.needs & FAKE_SCORE_NEEDS and t.name not in MATCHING]
+    if others or config.method == "rtdmd":
+        raise UserError(
+            "config.rollout.reuse is for methods whose fake score serves distribution matching alone;"
+            f" {config.method!r} trains it in a way of its own: leave it out."
+        )
 
 
 def check_groups(config: Any, devices: int) -> None:

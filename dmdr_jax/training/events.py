@@ -25,6 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
 from dmdr_jax.training import disk
+from dmdr_jax.training.names import name_of
 
 _REPLACED = "clu.metric_writers.summary_writer"
 _stand_in = types.ModuleType(_REPLACED)
@@ -49,12 +50,14 @@ class EventWriter(metric_writers.MetricWriter):
     def __init__(self, logdir: epath.PathLike, start_step: int = 0):
         super().__init__()
         self._folder = epath.Path(logdir)
+        self._described: set[str] = set()
         disk.make_folder(self._folder)
         self._begin()
         self._add(Event(step=start_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        self._write(step, [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()])
+        described = ((tag, float(value), self._describe(tag)) for tag, value in scalars.items())
+        self._write(step, [Summary.Value(tag=t, simple_value=value, metadata=text) for t, value, text in described])
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """uint8 [h, w, 3], or [n, h, w, 3] for several under numbered tags."""
@@ -62,7 +65,8 @@ class EventWriter(metric_writers.MetricWriter):
         for tag, array in images.items():
             stack = array if array.ndim == 4 else array[None]
             tags = [tag] if len(stack) == 1 else [f"{tag}/{i}" for i in range(len(stack))]
-            values += [Summary.Value(tag=name, image=_png(image)) for name, image in zip(tags, stack)]
+            described = ((name, _png(image), self._describe(name)) for name, image in zip(tags, stack))
+            values += [Summary.Value(tag=name, image=png, metadata=text) for name, png, text in described]
         self._write(step, values)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -101,6 +105,14 @@ class EventWriter(metric_writers.MetricWriter):
     def close(self) -> None:
         self.flush()
         self._records.close()
+
+    def _describe(self, tag: str) -> SummaryMetadata | None:
+        """Title and explanation, which TensorBoard shows beside a chart; once for each tag, as it keeps the first."""
+        name = name_of(tag)
+        if name is None or tag in self._described:
+            return None
+        self._described.add(tag)
+        return SummaryMetadata(display_name=name.title, summary_description=name.text)
 
     def _begin(self) -> None:
         """A new file. Two runs in one folder get names of their own, in the order they were started."""

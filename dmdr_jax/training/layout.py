@@ -1,30 +1,46 @@
 """Where a run's arrays live: the mesh and the placements, in one object that the loop asks."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from dmdr_jax.training import sharding
+from dmdr_jax.training.rules import FROZEN, SPLIT_COMPONENTS, WHOLE
 from dmdr_jax.training.state import TrainState
 
 Tree = Any
 
-SPLIT = ("transformer", "unet", "text_encoder_3")
-"""Components large enough to be split over fsdp."""
+DENOISERS = ("transformer", "unet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with axes data, fsdp and tensor, and what is placed how on it."""
+    """A mesh with axes data, fsdp and tensor, and what is placed how on it.
+
+    Attributes:
+      split_base: the frozen denoiser is split over fsdp; else every device has all of it.
+    """
 
     mesh: jax.sharding.Mesh
+    split_base: bool = True
 
     @classmethod
-    def make(cls, data: int, fsdp: int) -> "Layout":
-        return cls(sharding.make_mesh(data, fsdp))
+    def make(
+        cls, data: int, fsdp: int, split_base: bool = True, devices: Sequence[jax.Device] | None = None
+    ) -> "Layout":
+        return cls(sharding.make_mesh(data, fsdp, devices=devices), split_base)
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Around the tracing of a program on this mesh: its layers then gather what is split, and say what is a batch.
+
+        See `dmdr_jax.models.placement`.
+        """
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
     def check_batch(self, batch: int) -> None:
         """UserError where the batch does not divide over the mesh."""
@@ -52,15 +68,31 @@ class Layout:
         return batch, sharding.batch_sharding(self.mesh, batch)
 
     def component_shardings(self, component: str, abstract: Tree) -> Tree:
-        """Where a frozen network's tensors go as they are read: the denoiser and T5 split, the rest whole."""
-        if component in SPLIT:
-            return sharding.parameter_shardings(self.mesh, abstract)
-        return jax.tree.map(lambda _: sharding.replicated(self.mesh), abstract)
+        """Where a frozen network's tensors go as they are read (`dmdr_jax.training.rules`)."""
+        split = component in SPLIT_COMPONENTS and (self.split_base or component not in DENOISERS)
+        return sharding.parameter_shardings(self.mesh, abstract, rules=FROZEN if split else WHOLE)
+
+    def batch_shardings(self, abstract: Tree) -> Tree:
+        """Of an encoded batch: arrays ``[b, ...]`` split over the devices; what has one axis is for all rows, whole."""
+
+        def where(leaf: Any) -> jax.sharding.Sharding:
+            rows = leaf.ndim > 1
+            return sharding.batch_sharding(self.mesh, leaf.shape[0]) if rows else sharding.replicated(self.mesh)
+
+        return jax.tree.map(where, abstract)
 
     def abstract_state(self, state: TrainState) -> TrainState:
         """Shapes with shardings: a moment is placed like the parameter it follows, scalars on every device."""
-        shardings = sharding.parameter_shardings(self.mesh, state)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        return self.with_shardings(state, sharding.parameter_shardings(self.mesh, state))
+
+    def whole(self, tree: Tree) -> Tree:
+        """Shapes of what has one copy on every device."""
+        return self.with_shardings(tree, jax.tree.map(lambda _: sharding.replicated(self.mesh), tree))
+
+    @staticmethod
+    def with_shardings(tree: Tree, shardings: Tree) -> Tree:
+        """Shapes with shardings."""
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())

@@ -1,6 +1,7 @@
 """The training loop: reads top to bottom in the order things happen."""
 
 import json
+import platform
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,27 +12,34 @@ import numpy as np
 from etils import epath
 
 from dmdr_jax import __version__, methods
-from dmdr_jax.data.prompts import PromptStream, load_prompts
+from dmdr_jax.data.prompts import PromptStream, all_prompts, not_blank
+from dmdr_jax.data.survey import Survey, survey_large
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import encode, encode_uncond, tokenize
-from dmdr_jax.evaluation.environment import command, versions
-from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates
+from dmdr_jax.evaluation.environment import command, commit, versions
+from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates, stage
 from dmdr_jax.rewards.base import Reward
-from dmdr_jax.training import disk, ode, runtime, setup
+from dmdr_jax.rewards.feature_cache import BatchFeatures
+from dmdr_jax.training import disk, mesh_choice, ode, runtime, setup
+from dmdr_jax.training.abstract import AbstractRun
+from dmdr_jax.training.ahead import Ahead
 from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.preview import Preview
+from dmdr_jax.training.programs import fake_program, generator_program
 from dmdr_jax.training.real_images import load_real
 from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report, save
 from dmdr_jax.training.state import TrainState
-from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
+from dmdr_jax.training.step import Batch, Frozen, Plan
+from dmdr_jax.training.watch import Watch
 
 Array = jax.Array
 Metrics = dict[str, Array]
 
-SHOWN = ("dm/score_gap", "fake/loss", "reward/loss")
-"""The three numbers on the console."""
+SHOWN = ("dm/score_gap", "fake/loss")
+"""The numbers on the console; the rewards follow."""
 
 
 def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = runtime.never) -> TrainState | None:
@@ -45,14 +53,17 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
       None where it was stopped in the stage before the run (`dmdr_jax.training.ode`).
     """
     workdir = disk.absolute(workdir)
+    runtime.keep_compiled(config.compile_cache, workdir)
     setup.check(config)
     config = methods.resolve(config)
     skips = setup.choice("config.on_nonfinite", config.on_nonfinite, ON_NONFINITE) == "skip"
-    prompts = load_prompts(config.prompts)
-    layout = Layout.make(config.mesh.data, config.mesh.fsdp)
+    texts = all_prompts(config.prompts)
+    prompts = not_blank(texts, config.prompts)
+    layout = mesh_choice.make_layout(config.mesh, lambda: AbstractRun.of(config).residents())
     setup.check_batches(config, layout)
     pipeline = setup.load_teacher(config, layout)
     rewards = setup.load_rewards(config)
+    held_out = setup.held_out_rewards(config, rewards)
     terms = setup.make_terms(config, rewards)
     plan = setup.make_plan(config, pipeline, rewards)
     meta = run_metadata(config, pipeline, plan)
@@ -61,6 +72,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
     frozen = freeze(config, pipeline, plan, rewards, layout)
     preview = Preview.make(config, pipeline, plan, prompts, workdir, layout)
+    watch = Watch.make(config, preview, prompts, rewards, held_out)
     generator = None
     if config.generator.lora.start and checkpoints.latest() is None:
         generator = setup.generator_from_file(config, pipeline, plan)
@@ -74,23 +86,33 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     state = setup.latest_or_new(make, (frozen.base, generator), checkpoints, meta, layout)
     del generator  # the state has its own copy
     start = int(state.step)
-    write_config(workdir, config, meta)
+    asked = survey_prompts(config, pipeline, (*rewards, *held_out), texts)
+    write_config(workdir, config, meta, asked)
 
     stream = PromptStream(prompts, config.batch, config.seed)
     skipped = Skipped() if skips else None
+    shown = [*SHOWN, *(f"reward/{reward.spec.name}" for reward in rewards)]
     encode_batch = make_encoder(config, pipeline, plan, rewards, layout)
-    updates = Updates(plan, terms)
+
+    def tokens(n: int) -> tuple[list[str], dict[str, np.ndarray]]:
+        chosen = stream.batch(n)
+        return chosen, tokenize(pipeline, chosen, config.t5_length)
+
+    updates = Updates(plan, terms, layout)
     with (
+        Ahead(tokens) as tokenized,
         checkpoints,  # also when an error ends the run, a save under way is finished
         MetricWriter(workdir, resume_step=start, primary=runtime.is_first()) as writer,
-        Progress(config.steps, start, SHOWN) as progress,
+        Progress(config.steps, start, shown, stage=partial(stage, terms)) as progress,
     ):
         progress.note(f"{layout}; {describe(pipeline, plan, state)}; from step {start} of {config.steps}")
+        progress.note(f"{config.prompts}: {asked}")
         preview.teacher(writer, start)
+        watch.begin(start, state.ema, frozen, writer, checkpoints)
         tell = partial(report, writer=writer, progress=progress, checkpoints=checkpoints, skipped=skipped)
         pending, seen, step, inner, stopped = None, [], start, int(state.inner), False
-        while step < config.steps and not (stopped := stop(step)):
-            batch = encode_batch(stream.batch(inner))
+        while step < config.steps and not watch.ends_the_run and not (stopped := stop(step)):
+            batch = encode_batch(*tokenized(inner))
             state, metrics = updates.fake(step, state, frozen, batch)
             seen.append(metrics)
             inner += 1
@@ -100,12 +122,18 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
             step += 1
             pending = tell(pending, then=(step, [*seen, metrics]))
             seen = []
-            if step % config.checkpoint.every == 0 or step == config.steps:
+            if watch.due(step, config.steps):
+                pending = tell(pending, also=watch.look(step, state.ema, frozen, writer))
+            if step % config.checkpoint.every == 0 or step == config.steps or watch.ends_the_run:
                 pending = tell(pending)
                 save(step, state, meta, writer, checkpoints)
+            if watch.due(step, config.steps):
+                watch.mark(checkpoints, progress)
             if step % config.preview.every == 0 or step == config.steps:
                 preview.student(writer, step, state.ema, frozen)
         tell(pending)
+        if watch.ends_the_run:
+            progress.note(f"{watch.sentence()}; the run ends here (config.watch.stop)")
         if stopped:
             if step > start:
                 save(step, state, meta, writer, checkpoints)
@@ -124,15 +152,16 @@ def generator_turn(n: int, fake_updates: int) -> bool:
 class Updates:
     """The compiled programs: one for the fake score, one for each set of active generator terms."""
 
-    def __init__(self, plan: Plan, terms: Sequence[Term]):
-        self._plan, self._terms = plan, tuple(terms)
-        self._fake: Callable = jax.jit(partial(fake_step, plan), donate_argnums=0)
+    def __init__(self, plan: Plan, terms: Sequence[Term], layout: Layout):
+        self._plan, self._terms, self._layout = plan, tuple(terms), layout
+        self._fake: Callable | None = None
         self._generator: dict[tuple[Term, ...], Callable] = {}
 
     def fake(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update of the fake score; where no active term wants one, only the counter moves."""
         if not separate_fake_updates(active_terms(self._terms, step), 1):
             return state._replace(inner=state.inner + 1), {}
+        self._fake = self._fake or fake_program(self._plan, self._layout, state)
         return self._fake(state, frozen, batch)
 
     def before_generator(self, step: int, fake_updates: int) -> int:
@@ -142,7 +171,7 @@ class Updates:
     def generator(self, step: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         active = active_terms(self._terms, step)
         if active not in self._generator:
-            self._generator[active] = jax.jit(partial(generator_step, self._plan, active), donate_argnums=0)
+            self._generator[active] = generator_program(self._plan, active, self._layout, state)
         return self._generator[active](state, frozen, batch)
 
 
@@ -167,17 +196,37 @@ def text_params(pipeline: Pipeline) -> dict[str, Any]:
 def make_encoder(
     config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout
 ) -> Callable[[Sequence[str]], Batch]:
-    """Prompts to a `Batch` on the devices; nothing waits for the result."""
+    """Prompts (and their token ids, where they are there already) to a `Batch` on the devices; nothing waits for it."""
     params = text_params(pipeline)
     fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)
-    encode_text = jax.jit(partial(encode, pipeline.modules, **fixed))
 
-    def encode_batch(prompts: Sequence[str]) -> Batch:
-        ids = layout.put_batch(tokenize(pipeline, prompts, config.t5_length))
-        features = {r.spec.name: r.text_features(layout.put_batch(r.tokenize(prompts))) for r in rewards}
+    def encode_rows(params: Any, ids: dict[str, Array]) -> Conditioning:
+        with layout.scope():
+            return encode(pipeline.modules, params, ids, **fixed)
+
+    shapes = {
+        name: jax.ShapeDtypeStruct(ids.shape, ids.dtype)
+        for name, ids in tokenize(pipeline, [""] * config.batch, config.t5_length).items()
+    }
+    where = layout.batch_shardings(jax.eval_shape(encode_rows, params, shapes))
+    encode_text = jax.jit(encode_rows, out_shardings=where)
+    reward_features = {reward.spec.name: BatchFeatures(reward, layout.put_batch) for reward in rewards}
+
+    def encode_batch(prompts: Sequence[str], ids: dict[str, np.ndarray] | None = None) -> Batch:
+        ids = layout.put_batch(tokenize(pipeline, prompts, config.t5_length) if ids is None else ids)
+        features = {name: of(prompts) for name, of in reward_features.items()}
         return Batch(encode_text(params, ids), features)
 
     return encode_batch
+
+
+def survey_prompts(config: Any, pipeline: Pipeline, rewards: Sequence[Reward], texts: Sequence[str]) -> Survey:
+    """What is odd about the prompts ``texts`` of a run, blank ones included."""
+    lengths = {name: ids.shape[-1] for name, ids in tokenize(pipeline, [""], config.t5_length).items()}
+    readers = {name: (pipeline.tokenizers[name], length) for name, length in lengths.items()}
+    texted = [reward for reward in rewards if hasattr(reward, "tokenizer")]
+    readers |= {reward.spec.name: (reward.tokenizer, reward.tokenize([""]).shape[-1]) for reward in texted}
+    return survey_large(texts, readers)
 
 
 def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
@@ -205,13 +254,15 @@ def make_folder(workdir: epath.Path) -> None:
     runtime.check_shared(workdir)
 
 
-def write_config(workdir: epath.Path, config: Any, meta: dict[str, Any]) -> None:
-    """``config.json``: the whole configuration, and the versions it ran with."""
+def write_config(workdir: epath.Path, config: Any, meta: dict[str, Any], prompts: Survey) -> None:
+    """``config.json``: the whole configuration, what its prompts are like, and the versions it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     document = {
         "command": command(),
         "config": meta["config"],
-        "versions": {"dmdr_jax": __version__, **versions(packages)},
+        "prompts": str(prompts),
+        "versions": {"dmdr_jax": __version__, "python": platform.python_version(), **versions(packages)},
+        "commit": commit(),
         "devices": [str(device) for device in jax.devices()],
         "processes": jax.process_count(),
     }

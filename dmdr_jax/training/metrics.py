@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.training import disk
+from dmdr_jax.training.names import short
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -168,9 +169,10 @@ class Progress:
     Args:
       total: steps of the whole run.
       initial: steps done before this start, when resuming.
-      show: names of the metrics to print, in this order.
+      show: keys of the metrics to print, in this order; by their names in `dmdr_jax.training.names`.
       every: seconds between lines where there is no terminal.
       unit: what is counted.
+      stage: what the run is about after so many steps.
     """
 
     def __init__(
@@ -182,8 +184,9 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         unit: str = "step",
+        stage: Callable[[int], str] | None = None,
     ):
-        self._unit = unit
+        self._unit, self._stage = unit, stage or (lambda step: "")
         self._total, self._show, self._every, self._clock = total, tuple(show), every, clock
         self._stream = stream or sys.stderr
         self._bar: tqdm | None = None
@@ -194,13 +197,14 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """`step` steps are done; `metrics` are the latest numbers, on the host already."""
-        metrics = metrics or {}
-        shown = " ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in self._show if name in metrics)
+        metrics, stage = metrics or {}, self._stage(step)
+        shown = "  ".join(f"{short(name)} {metrics[name]:.4g}" for name in self._show if name in metrics)
         if self._bar is not None:
+            self._bar.set_description(stage or None, refresh=False)
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._step)
         elif self._clock() - self._printed_at >= self._every or step == self._total:
-            self._print(step, shown)
+            self._print(step, stage, shown)
         self._step = step
 
     def note(self, text: str) -> None:
@@ -221,11 +225,12 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _print(self, step: int, shown: str) -> None:
+    def _print(self, step: int, stage: str, shown: str) -> None:
         seconds = self._clock() - self._printed_at
         rate = (step - self._printed_step) / seconds if seconds > 0 else 0.0
         eta = tqdm.format_interval((self._total - step) / rate) if rate > 0 else "?"
-        self.note(f"{self._unit} {step}/{self._total}  {_format_rate(rate, self._unit)}  ETA {eta}  {shown}".rstrip())
+        parts = [stage, f"{self._unit} {step}/{self._total}", _format_rate(rate, self._unit), f"ETA {eta}", shown]
+        self.note("  ".join(filter(None, parts)))
         self._printed_step, self._printed_at = step, self._clock()
 
 

@@ -230,7 +230,7 @@ def draw_pairs(stage: Stage, pairs: Pairs, frozen: Frozen, batch: int, stop: Sto
     if len(store) >= total:
         return True
     draw = jax.jit(partial(teacher_latents, stage))
-    with Progress(total, len(store), unit="pair") as progress:
+    with Progress(total, len(store), unit="pair", stage=lambda step: "teacher's pairs") as progress:
         recipe = f"{len(stage.recipe.grid) - 1} steps, guidance {stage.recipe.guidance:g}"
         progress.note(f"ode: the teacher draws {total} pairs ({recipe}) into {store.folder}, from pair {len(store)}")
         pending = None
@@ -294,7 +294,10 @@ def regress(
     start, steps = int(state.step), config.ode.steps
     update = jax.jit(partial(ode_step, stage), donate_argnums=0)
     order = PromptStream(pairs.prompts, config.ode.batch, config.seed)  # of the pairs, as of a run's prompts
-    with MetricWriter(pairs.store.folder, start) as writer, Progress(steps, start, SHOWN) as progress:
+    with (
+        MetricWriter(pairs.store.folder, start) as writer,
+        Progress(steps, start, SHOWN, stage=lambda step: "regression") as progress,
+    ):
         progress.note(f"ode: regression on {len(pairs)} pairs, from step {start} of {steps}")
         pending, step, stopped = None, start, False
         while step < steps and not (stopped := stop(len(pairs) + step)):

@@ -94,6 +94,7 @@ class Plan:
       fake_data: what the fake score trains on: the student's x0 at (z_i, t_i), or the simulated sample.
       latent_shape: ``(h, w, c)``.
       normaliser_floor: see `dmdr_jax.distill.dm`.
+      reward_microbatch: images of each device that are decoded and scored at a time; 0: all.
       method: what only some methods use.
     """
 
@@ -114,6 +115,7 @@ class Plan:
     fake_tx: optax.GradientTransformation
     ema_decay: float
     normaliser_floor: float = 1e-3
+    reward_microbatch: int = 0
     method: MethodPlan = MethodPlan()
 
     @property

@@ -46,18 +46,31 @@ class Preview:
         noise = initial_noise(pipeline, height, width, range(count))
         return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER, layout)
 
+    def of(self, prompts: list[str]) -> "Preview":
+        """The same with other prompts, one image each from noise of its own."""
+        factor = self.pipeline.modules["vae"].config.downsampling
+        height, width = (side * factor for side in self.plan.latent_shape[:2])
+        noise = initial_noise(self.pipeline, height, width, range(len(prompts)))
+        return dataclasses.replace(self, prompts=prompts, noise=noise)
+
     def teacher(self, writer: MetricWriter, step: int) -> None:
         """The prompts and the teacher's grid, where they are not there yet."""
         self._write_file("prompts.txt", ("\n".join(self.prompts) + "\n").encode())
         if not (self.folder / "teacher.png").exists():
-            weights = Weights(self.pipeline.params[self.pipeline.denoiser])
-            self._write(writer, step, "teacher", self._draw(weights, self.teacher_recipe))
+            self._write(writer, step, "teacher", self.draw_teacher())
 
     def student(self, writer: MetricWriter, step: int, average: Tree, frozen: Frozen, file: str | None = None) -> None:
         """The averaged student's grid at ``step``, in ``file``.png or one that names the step."""
+        self._write(writer, step, "student", self.draw_student(average, frozen), file or f"student_{step:06d}")
+
+    def draw_teacher(self) -> np.ndarray:
+        """The teacher's images ``[n, H, W, 3]`` in [0, 1]."""
+        return self._draw(Weights(self.pipeline.params[self.pipeline.denoiser]), self.teacher_recipe)
+
+    def draw_student(self, average: Tree, frozen: Frozen) -> np.ndarray:
+        """The averaged student's."""
         recipe = Recipe(self.plan.simulation.grid, self.plan.simulation.kernel, 1.0)
-        images = self._draw(generator_weights(self.plan, average, frozen.base), recipe)
-        self._write(writer, step, "student", images, file or f"student_{step:06d}")
+        return self._draw(generator_weights(self.plan, average, frozen.base), recipe)
 
     def _draw(self, weights: Weights, recipe: Recipe) -> np.ndarray:
         batch, sharding = self.layout.drawing(min(len(self.prompts), BATCH))

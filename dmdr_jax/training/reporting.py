@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ def report(
     checkpoints: Checkpoints,
     then: Pending | None = None,
     skipped: Skipped | None = None,
+    also: Mapping[str, float] | None = None,
 ) -> Pending | None:
     """Fetches and writes one step's metrics, a step late so that the device is never waited for; returns ``then``.
 
@@ -55,6 +57,7 @@ def report(
     Args:
       skipped: given, steps with a number that is not finite are counted here and in the curves; their updates with
         a gradient that is not finite were not applied.
+      also: more numbers of the pending step, finite or not.
 
     Raises:
       UserError: a number is not finite, and has been for as many steps as may be skipped; the update that made it was
@@ -73,6 +76,7 @@ def report(
         numbers[SKIPPED] = skipped.steps
     if bad:
         progress.note(f"step {step}: {bad[0]} is not finite; its update was skipped")
+    numbers |= also or {}
     writer.scalars(step, numbers)
     progress.update(step, numbers)
     return then

@@ -56,8 +56,9 @@ def roll_out(plan: Plan, needs: frozenset[str], student: Weights, cond: Conditio
     def output_fn(z: Array, t: Array) -> Array:
         return plan.denoiser.output(student, z, t, cond)
 
-    if not needs & SAMPLE_NEEDS and (FAKE_ON_ROLLOUT not in needs or TARGETS in needs):
-        given = simulation.student_input(output_fn, plan.denoiser.process, noise, key, False, group, last)
+    if not needs & SAMPLE_NEEDS:
+        with_sample = FAKE_ON_ROLLOUT in needs and TARGETS not in needs
+        given = simulation.student_input(output_fn, plan.denoiser.process, noise, key, with_sample, group, last)
         return Rollout(jax.lax.stop_gradient(given))
     chosen = choose_steps(plan, keys("policy/steps")) if needs & {TRANSITIONS, PAIRS} else None
     step_keys = None

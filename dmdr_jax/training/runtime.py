@@ -37,6 +37,9 @@ HEARTBEAT_SECONDS = 100
 LEAVE_SECONDS = 30
 """How long a process that ends waits for the others to end as well."""
 
+COMPILED = "compiled"
+"""Folder of a run's compiled programs in its workdir."""
+
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses, as `dmdr_jax.cli` has them
 
@@ -96,7 +99,7 @@ def find_place(
 def _check(place: Place) -> None:
     if place.processes is not None and place.processes < 1:
         raise UserError(f"--processes must be at least 1, not {place.processes}.")
-    if None not in (place.processes, place.process_id) and place.process_id >= place.processes:
+    if place.processes is not None and place.process_id is not None and place.process_id >= place.processes:
         raise UserError(f"--process_id={place.process_id} is not one of {place.processes} processes, counted from 0.")
     if place.coordinator is not None and not place.coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={place.coordinator} has no port; give HOST:PORT of process 0.")
@@ -311,6 +314,23 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 # --- among several -------------------------------------------------------------------------------------------------
+
+
+def keep_compiled(folder: str, workdir: epath.Path) -> None:
+    """Has XLA keep compiled programs from process to process, so that a run that goes on does not compile again.
+
+    Args:
+      folder: where; "": beside the run, which a preempted run's next machine can read too, unless the environment
+        variable JAX_COMPILATION_CACHE_DIR says where; "none": nowhere. On CPU the empty name means nowhere: programs
+        compile quickly there, and another machine of the same kind may lack instructions that they use.
+    """
+    if folder == "none":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not folder and (chosen or jax.default_backend() == "cpu"):
+        return
+    jax.config.update("jax_compilation_cache_dir", folder or str(workdir / COMPILED))
 
 
 def is_first() -> bool:

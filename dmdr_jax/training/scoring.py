@@ -16,7 +16,9 @@ from dmdr_jax.distill.simulate import StudentInput
 from dmdr_jax.distill.split import split_draw, split_score_pass
 from dmdr_jax.generate import decode_images
 from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.placement import batch_parts, unsplit
 from dmdr_jax.objectives.base import FeatureSets
+from dmdr_jax.rewards.memory import in_microbatches
 from dmdr_jax.training.plan import Batch, Frozen, Keys, Plan, Tree
 from dmdr_jax.training.rollouts import realise
 
@@ -149,11 +151,16 @@ def matching_reward(scorer: Scorer, samples: Array, cond: Conditioning, keys: Ke
 
 def score_images(plan: Plan, frozen: Frozen, x0: Array, batch: Batch) -> tuple[Array, Rewards]:
     """Decodes ``x0`` and scores it; gradient flows to ``x0`` alone. Activations are recomputed."""
-    images = jax.checkpoint(lambda z: decode_images(plan.vae, frozen.vae, z))(x0)
     names = {reward.spec.name: reward for reward in plan.rewards}
-    return images, {
-        name: reward.score(frozen.rewards[name], images, batch.reward_text[name]) for name, reward in names.items()
-    }
+
+    def scored(x0: Array, text: Rewards) -> tuple[Array, Rewards]:
+        with unsplit():
+            images = jax.checkpoint(lambda z: decode_images(plan.vae, frozen.vae, z))(x0)
+            scores = {name: reward.score(frozen.rewards[name], images, text[name]) for name, reward in names.items()}
+        return images, scores
+
+    text = {name: batch.reward_text[name] for name in names}
+    return in_microbatches(scored, plan.reward_microbatch * batch_parts(), remat=False)(x0, text)
 
 
 def feature_sets(

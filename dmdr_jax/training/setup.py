@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from dmdr_jax import lora, methods
+from dmdr_jax.diffusers_io.hub import locate_lora
 from dmdr_jax.diffusers_io.lora_file import read_lora, start_from
-from dmdr_jax.diffusers_io.pipeline import Pipeline, load_network, load_pipeline
+from dmdr_jax.diffusers_io.pipeline import Pipeline, load_network, load_pipeline, without_t5
 from dmdr_jax.diffusion.denoiser import Denoiser
 from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.process import Flow, Process
@@ -19,6 +20,8 @@ from dmdr_jax.distill.regression import LOSSES
 from dmdr_jax.distill.schedules import RenoiseTimes
 from dmdr_jax.distill.simulate import Simulation
 from dmdr_jax.errors import UserError
+from dmdr_jax.evaluation.canaries import apart
+from dmdr_jax.models.attention import kernel_for
 from dmdr_jax.objectives.base import Term
 from dmdr_jax.rewards.base import Reward, RewardSpec
 from dmdr_jax.rewards.registry import open_spec
@@ -28,6 +31,7 @@ from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
 from dmdr_jax.training.step import FAKE_DATA, Plan
+from dmdr_jax.training.watch import check_held_out
 
 Tree = Any
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
@@ -38,6 +42,7 @@ LORA_TARGETS = {
 }
 REWARD_DECODER = "reward_decoder"
 UNCOND = ("pipeline", "zeros", "empty")
+BASES = ("auto", "split", "whole")
 
 
 def choice(what: str, value: str, known: Any) -> Any:
@@ -59,6 +64,9 @@ COUNTS = (
     "preview.teacher_steps",
     "checkpoint.every",
     "checkpoint.keep",
+    "watch.count",
+    "watch.per_prompt",
+    "watch.patience",
 )
 """Keys that must be at least 1."""
 ODE_COUNTS = ("ode.pairs", "ode.batch", "ode.teacher_steps")
@@ -74,6 +82,9 @@ def check(config: Any) -> None:
             node = node[name]
         if node < 1:
             raise UserError(f"config.{key} must be at least 1, not {node}.")
+    if config.reward_microbatch < 0:
+        raise UserError(f"config.reward_microbatch must not be negative, and is {config.reward_microbatch}.")
+    choice("config.mesh.base", config.mesh.base, BASES)
     if config.seed < 0:
         raise UserError(f"config.seed must not be negative, and is {config.seed}.")
     _check_ode(config.ode)
@@ -113,14 +124,17 @@ def load_teacher(config: Any, layout: Layout) -> Pipeline:
     compute = choice("config.compute_dtype", config.compute_dtype, DTYPES)
     if not config.model:
         raise UserError("config.model is empty: give a diffusers folder, a hub id, shapes:sd3 or shapes:sdxl.")
+    name = resolve(config.model)
     pipeline = load_pipeline(
-        resolve(config.model),
+        name,
+        components=None if config.t5 else without_t5(name),
         dtype=base,
         compute_dtype=compute,
         sharding=layout.component_shardings,
         variant=config.variant or None,
     )
     set_remat(config, pipeline)
+    set_attention(config, pipeline, layout.mesh)
     if config.reward_decoder:
         add_reward_decoder(config.reward_decoder, pipeline, base)
     return pipeline
@@ -130,6 +144,11 @@ def set_remat(config: Any, pipeline: Pipeline) -> None:
     """Has the denoiser recompute in its backward pass what ``config.remat`` says."""
     if config.remat != "none":
         pipeline.modules[pipeline.denoiser] = pipeline.modules[pipeline.denoiser].clone(remat=config.remat)
+
+
+def set_attention(config: Any, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> None:
+    """Has denoiser and codec attend to long sequences with what ``config.attention`` says, on the mesh's devices."""
+    pipeline.attend_with(kernel_for(config.attention, mesh))
 
 
 def add_reward_decoder(name: str, pipeline: Pipeline, dtype: Any) -> None:
@@ -163,9 +182,28 @@ def reward_specs(config: Any) -> list[RewardSpec]:
     return [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.weight]
 
 
+def held_out_rewards(config: Any, trained: tuple[Reward, ...]) -> tuple[Reward, ...]:
+    """The rewards that are watched and never trained on, in the order of their names, in the host's memory.
+
+    Raises:
+      UserError: one cannot be read, or is trained on.
+    """
+    if not config.watch.every:
+        return ()
+    named = {name: config.watch.rewards[name].to_dict() for name in sorted(config.watch.rewards)}
+    specs = [RewardSpec(name=name, **fields) for name, fields in named.items()]
+    specs = [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.path]
+    held_out = tuple(apart(*_open([spec], config), on_host=True) for spec in specs)  # one at a time on a device
+    check_held_out(trained, held_out)
+    return held_out
+
+
 def load_rewards(config: Any) -> tuple[Reward, ...]:
     """The rewards of the run, in the order of their names."""
-    specs = reward_specs(config)
+    return _open(reward_specs(config), config)
+
+
+def _open(specs: list[RewardSpec], config: Any) -> tuple[Reward, ...]:
     dtype = choice("config.base_dtype", config.base_dtype, DTYPES)
     return tuple(open_spec(spec, dtype, remat=config.remat != "none") for spec in specs)
 
@@ -190,7 +228,7 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[Reward, ...]) -> P
     denoiser = Denoiser(pipeline.modules[pipeline.denoiser], pipeline.process)
     return Plan(
         denoiser=denoiser,
-        vae=reward_decoder(pipeline.modules),
+        vae=_decoder(config, pipeline),
         rewards=rewards,
         simulation=simulation,
         renoise=renoise,
@@ -206,7 +244,18 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[Reward, ...]) -> P
         fake_tx=make_optimiser(config.optim, config.optim.fake),
         ema_decay=config.ema,
         normaliser_floor=config.dm.normaliser_floor,
+        reward_microbatch=config.reward_microbatch,
         method=compose.make_method_plan(config, denoiser, simulation, rewards, partial(make_optimiser, config.optim)),
+    )
+
+
+def _decoder(config: Any, pipeline: Pipeline) -> Any:
+    """The module that decodes for the rewards, in the configured type."""
+    module = reward_decoder(pipeline.modules)
+    return (
+        module.clone(dtype=choice("config.reward_dtype", config.reward_dtype, DTYPES))
+        if config.reward_dtype
+        else module
     )
 
 
@@ -279,7 +328,7 @@ def generator_from_file(config: Any, pipeline: Pipeline, plan: Plan) -> Tree:
     if plan.generator_lora_scale is None:
         raise UserError(f"config.generator.lora.start={file} needs config.generator.kind='lora'.")
     base = pipeline.params[pipeline.denoiser]
-    delta, scale = read_lora(file, base, pipeline.denoiser)
+    delta, scale = read_lora(locate_lora(file), base, pipeline.denoiser)
     initial = make_generator(config, pipeline.family, plan, base)
     return start_from(initial, delta, scale / plan.generator_lora_scale)
 

@@ -2,9 +2,9 @@
 
 Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split), `tensor` (spare, 1 today). Several
 TPU slices, which have a slow network between them, are parts of `data` alone. A batch is split over data and fsdp
-together. A parameter's largest axis that divides is split over fsdp; what is small or does not divide is kept whole on
-every device. Optimiser moments and EMA have their parameter's shape and path, so the same rule puts them where their
-parameter is.
+together. Which parameters are split over fsdp is said in `dmdr_jax.training.rules`, along which axis in
+`dmdr_jax.models.placement`; what is small or does not divide is kept whole on every device. Optimiser moments and EMA
+have their parameter's shape and path, so the same rule puts them where their parameter is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.models.placement import BATCH_AXES, MIN_SIZE, split_spec
+from dmdr_jax.training.rules import TRAINED, Rules, is_split
 
 Tree = Any
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-MIN_SIZE = 2**16  # elements; gathering a smaller array costs more time than keeping it whole costs memory
+AXES = (*BATCH_AXES, "tensor")
 
 _STACK = re.compile(r".*\.\d+:\d+")  # a path component such as transformer_blocks.0:24
 
@@ -37,18 +37,27 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
       UserError: the sizes do not multiply to the number of devices, or a slice does not hold whole parts of `data`.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = full_sizes(data, fsdp, tensor, len(devices))
+    kinds = (AxisType.Auto,) * len(AXES)
+    if count_slices(devices) > 1:
+        return Mesh(slice_grid(sizes, devices), AXES, axis_types=kinds)
+    if devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def full_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """The sizes of the axes, with what is left in place of -1; UserError where they do not fit."""
     sizes = [data, fsdp, tensor]
     text = ", ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"a mesh of {text} has no meaning; sizes are at least 1, and one may be -1 for what is left")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
-    if math.prod(sizes) != len(devices):
-        raise UserError(f"a mesh of {text} does not fit {len(devices)} device(s); their product must be that number")
-    kinds = (AxisType.Auto,) * len(AXES)
-    if count_slices(devices) > 1:
-        return Mesh(slice_grid(sizes, devices), AXES, axis_types=kinds)
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+        sizes[sizes.index(-1)] = devices // math.prod(size for size in sizes if size != -1)
+    if math.prod(sizes) != devices:
+        raise UserError(f"a mesh of {text} does not fit {devices} device(s); their product must be that number")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def count_slices(devices: Sequence[Any]) -> int:
@@ -98,35 +107,34 @@ def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def parameter_spec(path: Sequence[str], shape: Sequence[int], fsdp: int, min_size: int = MIN_SIZE) -> PartitionSpec:
+def parameter_spec(
+    path: Sequence[str], shape: Sequence[int], fsdp: int, min_size: int = MIN_SIZE, rules: Rules = TRAINED
+) -> PartitionSpec:
     """Where one parameter (or moment, or delta) is split.
 
-    The largest axis that `fsdp` divides is split, the later one of equals. The leading axis of a stack of blocks is
-    not: the scan over blocks takes one slice at a time, which would then lie on one device.
+    The leading axis of a stack of blocks is not: the scan over blocks takes one slice at a time, which would then lie
+    on one device. Each slice is split as a layer of its own would be.
 
     Args:
       path: names from the root to the leaf.
       fsdp: size of the mesh axis.
-      min_size: arrays with fewer elements stay whole.
+      min_size: layers' arrays with fewer elements stay whole.
     """
-    if fsdp == 1 or math.prod(shape) < min_size:
+    if fsdp == 1 or not is_split(path, rules):
         return PartitionSpec()
-    first = 1 if any(_STACK.fullmatch(name) for name in path) else 0
-    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
-    if not candidates:
-        return PartitionSpec()
-    split = max(candidates, key=lambda axis: (shape[axis], axis))
-    return PartitionSpec(*(["fsdp" if axis == split else None for axis in range(split + 1)]))
+    stacked = any(_STACK.fullmatch(name) for name in path) and len(shape) > 0
+    spec = split_spec(shape[1:] if stacked else shape, fsdp, min_size)
+    return PartitionSpec(None, *spec) if stacked and spec != PartitionSpec() else spec
 
 
-def parameter_shardings(mesh: Mesh, tree: Tree, min_size: int = MIN_SIZE) -> Tree:
+def parameter_shardings(mesh: Mesh, tree: Tree, min_size: int = MIN_SIZE, rules: Rules = TRAINED) -> Tree:
     """`parameter_spec` for every leaf of a tree of arrays or ShapeDtypeStructs, whatever its containers.
 
     Works alike on parameters, LoRA deltas, `jax.eval_shape(tx.init, params)` and whole train states.
     """
 
     def one(path, leaf) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, mesh.shape["fsdp"], min_size))
+        return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, mesh.shape["fsdp"], min_size, rules))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

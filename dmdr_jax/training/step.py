@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.distill.dm import DMDraw
+from dmdr_jax.distill.simulate import StudentInput
+from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.objectives.base import (
     ADVERSARY,
     DENOISING_PAIRS,
@@ -95,14 +97,21 @@ def fake_step(plan: Plan, state: TrainState, frozen: Frozen, batch: Batch) -> tu
         start_noise(plan, keys("fake/noise"), cond.batch, 1),
         keys("fake/simulation"),
     )
+    samples, s = _fake_data(plan, student, given, cond, keys)
+    new, metrics = fake_update(plan, frozen, _fake_state(state), samples, s, cond, keys, state.step)
+    return _with_fake(state, new)._replace(inner=state.inner + 1), metrics
+
+
+def _fake_data(
+    plan: Plan, student: Weights, given: StudentInput, cond: Conditioning, keys: Keys
+) -> tuple[Array, Array | None]:
+    """What the fake score trains on, of a simulation: samples ``[b, h, w, c]`` and, of realised ones, their times."""
     samples, s = given.simulated, None
     if plan.simulation.mode == "ode_final" and (plan.fake_data == "student_x0" or plan.method.boundary is not None):
         samples = plan.denoiser.x0(student, given.z, given.t, cond)
     if plan.method.boundary is not None:
         samples, s = realise(plan, given, samples, scoring.boundary_noise(keys, samples))
-    now = FakeState(state.fake, state.fake_opt, state.extra.get("gan"))
-    new, metrics = fake_update(plan, frozen, now, jax.lax.stop_gradient(samples), s, cond, keys, state.step)
-    return _with_fake(state, new)._replace(inner=state.inner + 1), metrics
+    return jax.lax.stop_gradient(samples), s
 
 
 def generator_step(
@@ -176,13 +185,22 @@ def _train_on_rollout(
         return _make_targets(plan, stored, state, frozen, batch)
     if FAKE_ON_ROLLOUT not in needs:
         return state, stored, {}
-    index, trajectory = stored.rollout.given.index, stored.rollout.trajectory
-    rows = jnp.arange(batch.cond.batch)
-    samples, s = trajectory.states[index + 1, rows], jnp.asarray(plan.simulation.grid, jnp.float32)[index + 1]
-    if plan.method.boundary is None:
-        samples, s = trajectory.x0[index, rows], None
+    if stored.rollout.trajectory is None:
+        student = generator_weights(plan, state.generator, frozen.base)
+        samples, s = _fake_data(plan, student, stored.rollout.given, batch.cond, keys_of(state))
+    else:
+        samples, s = _stored_fake_data(plan, stored.rollout)
     fake, metrics = _fake_updates(plan, state, frozen, batch, samples, s)
     return _with_fake(state, fake), stored, metrics
+
+
+def _stored_fake_data(plan: Plan, rollout: Rollout) -> tuple[Array, Array | None]:
+    """`_fake_data` of a rollout whose states are all there."""
+    index, trajectory = rollout.given.index, rollout.trajectory
+    rows = jnp.arange(index.shape[0])
+    if plan.method.boundary is None:
+        return trajectory.x0[index, rows], None
+    return trajectory.states[index + 1, rows], jnp.asarray(plan.simulation.grid, jnp.float32)[index + 1]
 
 
 def _fake_updates(
@@ -193,8 +211,12 @@ def _fake_updates(
     def one(fake: FakeState, i: Array) -> tuple[FakeState, Metrics]:
         return fake_update(plan, frozen, fake, samples, s, batch.cond, keys_of(state, i), state.step)
 
-    fake, metrics = jax.lax.scan(one, FakeState(state.fake, state.fake_opt), jnp.arange(plan.method.fake_updates))
+    fake, metrics = jax.lax.scan(one, _fake_state(state), jnp.arange(plan.method.fake_updates))
     return fake, _mean(metrics)
+
+
+def _fake_state(state: TrainState) -> FakeState:
+    return FakeState(state.fake, state.fake_opt, state.extra.get("gan"))
 
 
 def _make_targets(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmdr_jax.data.prompts import PromptStream, all_prompts, load_prompts, read_eval_records
-from dmdr_jax.data.survey import normalised, survey
+from dmdr_jax.data.survey import normalised, survey, survey_large
 from dmdr_jax.errors import UserError
 
 PARTI = "Prompt\tCategory\tChallenge\tNote\n" + "".join(
@@ -88,6 +88,15 @@ def test_nothing_to_say_of_a_good_list():
     assert str(survey(["a", "b"])) == "2 prompts"
     assert survey([]).prompts == 0
     assert normalised(" a\tb\u00a0c ") == "a b c"
+
+
+def test_of_many_prompts_the_overlong_are_counted_in_a_sample(monkeypatch):
+    texts = ["one two three four"] * 10 + ["one"] * 11 + [""]
+    whole = survey_large(texts, {"t": (Words(), 5)})
+    assert whole == survey(texts, {"t": (Words(), 5)}) and whole.cut == {"t": 10}
+    monkeypatch.setattr("dmdr_jax.data.survey.SAMPLE", 11)
+    found = survey_large(texts, {"t": (Words(), 5)})  # every other one of the 21
+    assert found.cut == {"t": 10} and (found.prompts, found.empty) == (21, 1)
 
 
 def test_a_last_line_without_an_end_is_no_empty_prompt(tmp_path):

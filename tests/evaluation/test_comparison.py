@@ -17,7 +17,7 @@ from dmdr_jax.evaluation.results import Column
 from dmdr_jax.evaluation.runs import Run
 from dmdr_jax.evaluation.sections import by_task, extremes
 from dmdr_jax.evaluation.table import Estimate
-from dmdr_jax.report import parser
+from dmdr_jax.report import main, parser
 
 REWARD = {"path": "r", "weight": 0.5, "start": 0, "ramp": 0}
 
@@ -45,6 +45,21 @@ def test_three_runs_side_by_side(tmp_path):
     assert html.count("<svg") == 2  # the reward, the gap
     assert html.count('class="line s2"') == 2
     assert not re.search(r"https?://|<script|<link", html)
+
+
+def test_the_program_prints_in_what_runs_differ(tmp_path, capsys):
+    runs = [str(make_run(tmp_path / name, seed, [0.1])) for name, seed in (("a", 1), ("b", 20))]
+    document = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps({**document, "versions": {"jax": "0.9"}, "commit": "abc"}))
+    main(parser().parse_args([*runs, "--out", str(tmp_path / "report.html")]))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["a", "b"] and lines[-1] == [str(tmp_path / "report.html")]
+    assert lines[1:-1] == [
+        ["steps", "done", "1", "/", "9", "1", "/", "9"],
+        ["seed", "1", "20"],
+        ["versions.jax", "–", "0.9"],
+        ["commit", "–", "abc"],
+    ]
 
 
 def test_runs_are_called_by_what_tells_them_apart(tmp_path):

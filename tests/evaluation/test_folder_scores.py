@@ -60,6 +60,31 @@ def test_a_count_that_does_not_match_is_one_sentence(given):
     assert scored_prompts(given / "scorers.py") == []
 
 
+def test_an_empty_line_is_a_prompt_where_it_is_needed_for_one(given):
+    lines = write_prompts(given / "prompts.txt", N)
+    (given / "prompts.txt").write_text("\n".join([*lines[:2], "", *lines[3:]]) + "\n")
+    run(given, rewards=["words"])
+    found = json.loads((given / "scores.json").read_text())
+    assert found["scores"]["words"] == [1, 2, 0, 4, 5] and found["prompts"][2] == ""
+    assert found["prompt_survey"] == "4 prompts, 1 empty"
+    (given / "prompts.txt").write_text("\n\n".join(lines) + "\n")
+    run(given, rewards=["words"])
+    assert json.loads((given / "scores.json").read_text())["scores"]["words"] == [1, 2, 3, 4, 5]
+    (given / "prompts.txt").write_text("\n\n".join(lines[:4]) + "\n")
+    with pytest.raises(UserError, match=r"has 4 prompts \(and 3 empty lines\): give one prompt for each image"):
+        run(given, rewards=["words"])
+
+
+def test_one_picture(given):
+    for file in sorted((given / "pictures").iterdir())[1:]:
+        file.unlink()
+    write_prompts(given / "prompts.txt", 1)
+    run(given)
+    found = json.loads((given / "scores.json").read_text())
+    assert found["scores"]["words"] == [1] and found["summary"]["words"]["mean"] == 1
+    assert found["summary"]["words"]["se"] is None  # one number has no spread
+
+
 def test_a_killed_run_goes_on_where_it_was(given, monkeypatch):
     monkeypatch.setattr(scorers, "BATCH", 2)
     read = scorers.read_images

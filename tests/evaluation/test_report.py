@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 
 import numpy as np
 import pytest
@@ -206,3 +207,47 @@ def test_chart_of_any_curve_is_finite(values):
 def test_joint_stage_starts_with_the_first_reward_that_counts():
     assert joint_start(CONFIG) == 100
     assert joint_start({"rewards": {}}) is None
+
+
+# --- what was watched ----------------------------------------------------------------------------------------------
+
+
+def watch(run, alarm):
+    rows = [
+        {"step": i, "watch/z_trained": i / 50, "watch/z_held_out": -i / 90, "watch/diversity_share": 1.0}
+        for i in range(0, 201, 50)
+    ]
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+    (run / "best.json").write_text(json.dumps({"step": 50, "alarm": alarm}))
+    for name in ("teacher", "000050", "000150", "000200"):
+        Image.fromarray(np.zeros((34, 34, 3), np.uint8)).save(run / "samples" / f"canary_{name}.png")
+
+
+def test_page_shows_the_alarm_and_the_canaries(run, tmp_path):
+    assert "<h2>Over-optimisation" not in page(run, None, tmp_path)
+    watch(run, {"step": 150, "best": 50, "reason": "trained rewards are <ahead>."})
+    html = page(run, None, tmp_path)
+    assert (
+        "Over-optimised at step 150: trained rewards are &lt;ahead&gt;. The best checkpoint is that of step 50" in html
+    )
+    assert html.count(">alarm</text>") == 2  # the gap's curves and the diversity's
+    for text in ("the teacher's canaries", "canaries at the best step, 50", "canaries at the latest step, 200"):
+        assert html.count(f"<figcaption>{escape(text)}") == 1
+    assert "step, 150" not in html
+
+
+def test_page_says_that_there_was_no_alarm(run, tmp_path):
+    watch(run, None)
+    assert "No alarm up to step 200. The best checkpoint is that of step 50." in page(run, None, tmp_path)
+
+
+def test_alarms_of_several_runs_side_by_side(run, tmp_path):
+    import shutil
+
+    watch(run, {"step": 150, "best": 50, "reason": "diversity is lost."})
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "best.json").write_text(json.dumps({"step": 200, "alarm": None}))
+    html = page([run, other], None, tmp_path)
+    assert "Over-optimised at step 150" in html and "No alarm up to step 200" in html
+    assert "Reward gap of the canaries" not in html and "Diversity of the canaries" in html  # of what is there

@@ -1,4 +1,18 @@
-"""The attention function against PyTorch's, and its key bias as a multiplicity."""
+"""The attention function against PyTorch's, its key bias as a multiplicity, and its kernels against fp32.
+
+Splash attention runs in the Pallas interpreter here; for TPU it is compiled, where libtpu is. Of cuDNN's attention it
+is our part that is tested: what becomes of its arguments.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +21,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dmdr_jax.models.attention import attention
+from dmdr_jax.errors import UserError
+from dmdr_jax.models.attention import PLAIN, AttentionKernel, attention, fitting_block, kernel_for
+
+SPLASH = AttentionKernel("splash", min_tokens=1, block=256, interpret=True)
 
 
 def _draw(*shapes):
@@ -60,3 +77,162 @@ def test_float64_stays_float64():
         weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         assert got.dtype == jnp.float64
         np.testing.assert_allclose(got, np.einsum("bknm,bmkd->bnkd", weights, v), rtol=1e-12)
+
+
+def _heads(b, n, m, k=1, d=64, dtype=jnp.float32):
+    return [jnp.asarray(x, dtype) for x in _draw((b, n, k, d), (b, m, k, d), (b, m, k, d))]
+
+
+def _value_and_gradient(kernel, arrays, key_bias, dtype=None):
+    """Output and gradient of a random functional of it, both fp32; ``dtype`` is computed in, where given."""
+    weights = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+
+    def loss(*arrays):
+        arrays = [x if dtype is None else x.astype(dtype) for x in arrays]
+        y = attention(*arrays, key_bias=key_bias, kernel=kernel).astype(jnp.float32)
+        return (y * weights).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+    return [np.asarray(x, np.float32) for x in (y, *gradients)]
+
+
+def _distances(got, wanted):
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, wanted, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "m", "k", "biased"),
+    [(2, 200, 300, 2, False), (2, 256, 77, 1, False), (1, 130, 140, 1, True), (1, 4429, 4429, 1, False)],
+    ids=["padding", "cross", "key_bias", "sd3_at_1024_px"],
+)
+def test_splash_is_attention_forward_and_backward(b, n, m, k, biased):
+    arrays = _heads(b, n, m, k)
+    key_bias = jnp.zeros(m).at[3].set(np.log(256.0)).at[5].set(-jnp.inf) if biased else None
+    splash = dataclasses.replace(SPLASH, block=1024) if n > 4000 else SPLASH
+    got = _value_and_gradient(splash, arrays, key_bias)
+    assert max(_distances(got, _value_and_gradient(PLAIN, arrays, key_bias))) < 2e-6
+
+
+def test_splash_in_bfloat16_keeps_the_key_bias_exact():
+    # log 256 rounded to bfloat16 would be wrong by 1.4 % in the weight of the key that carries it.
+    arrays = _heads(2, 130, 140, dtype=jnp.bfloat16)
+    key_bias = jnp.zeros((2, 140)).at[0, 3].set(np.log(256.0)).at[1, 7].set(np.log(256.0))
+    exact = _value_and_gradient(PLAIN, arrays, key_bias, jnp.float32)
+    plain = _distances(_value_and_gradient(PLAIN, arrays, key_bias), exact)
+    splash = _distances(_value_and_gradient(SPLASH, arrays, key_bias), exact)
+    assert splash[0] < plain[0]
+    assert all(s < 2.0 * p for s, p in zip(splash, plain, strict=True)), (splash, plain)
+
+
+def test_cudnn_gets_the_key_bias_as_columns(monkeypatch):
+    calls, call = [], jax.nn.dot_product_attention
+
+    def on_cpu(*arrays, implementation, **settings):
+        calls.append((implementation, arrays[0].shape[-1], arrays[2].shape[-1]))
+        return call(*arrays, **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    kernel = AttentionKernel("cudnn", min_tokens=1)
+    arrays = _heads(2, 24, 31, 2, dtype=jnp.bfloat16)
+    key_bias = jnp.zeros(31).at[3].set(np.log(256.0)).at[5].set(-jnp.inf)
+    for bias in (None, key_bias):
+        exact = _value_and_gradient(PLAIN, arrays, bias, jnp.float32)
+        assert max(_distances(_value_and_gradient(kernel, arrays, bias), exact)) < 1e-2
+    assert calls == [("cudnn", 64, 64), ("cudnn", 72, 72)]
+
+
+@pytest.mark.parametrize(("block", "padded"), [(1024, 4480), (512, 4608), (1536, 4480)])
+def test_blocks_pad_little(block, padded):
+    fitted = fitting_block(4429, block)
+    assert -(-4429 // fitted) * fitted == padded
+    assert fitting_block(4096, block) in (512, 1024)
+    assert fitting_block(77, block) == 128
+
+
+def test_short_wide_or_biased_attention_is_plain():
+    long, short = _heads(1, 1024, 1024, dtype=jnp.bfloat16)[:2], _heads(1, 1024, 77, dtype=jnp.bfloat16)[:2]
+    for kind in ("splash", "cudnn"):
+        assert AttentionKernel(kind).takes(*long)
+        assert not AttentionKernel(kind).takes(*short)
+    wide = _heads(1, 1024, 1024, d=512, dtype=jnp.bfloat16)[:2]
+    assert not AttentionKernel("cudnn").takes(*wide)
+    assert not AttentionKernel("cudnn").takes(*_heads(1, 1024, 1024)[:2])
+    assert not AttentionKernel("splash").takes(*_heads(1, 1024, 1024, dtype=jnp.float16)[:2])
+    q, k, v = _heads(1, 130, 130)
+    for settings in ({"causal": True}, {"bias": jnp.ones((130, 130))}):
+        text = str(jax.make_jaxpr(functools.partial(attention, kernel=SPLASH, **settings))(q, k, v))
+        assert "pallas_call" not in text
+    assert "pallas_call" in str(jax.make_jaxpr(functools.partial(attention, kernel=SPLASH))(q, k, v))
+
+
+def test_plain_attention_has_forward_mode_and_second_derivatives():
+    q, k, v = _heads(1, 5, 7, 2, 8)
+    energy = lambda q: (attention(q, k, v) ** 2).sum()
+    _, forward = jax.jvp(energy, (q,), (q,))
+    np.testing.assert_allclose(forward, (jax.grad(energy)(q) * q).sum(), rtol=1e-5)
+    curvature = jax.grad(lambda q: (jax.grad(energy)(q) ** 2).sum())(q)
+    assert np.isfinite(curvature).all() and np.abs(curvature).max() > 0
+
+
+def _device(platform, kind, capability=None):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+
+
+def test_the_device_chooses():
+    cases = [
+        (_device("tpu", "TPU v5 lite"), "splash", 1024),
+        (_device("tpu", "TPU v5"), "splash", 1024),
+        (_device("tpu", "TPU v6 lite"), "splash", 1536),
+        (_device("gpu", "NVIDIA H200", "9.0"), "cudnn", 1024),
+        (_device("gpu", "Tesla V100", "7.0"), "plain", 1024),
+        (_device("cpu", "cpu"), "plain", 1024),
+    ]
+    for device, kind, block in cases:
+        kernel = kernel_for("auto", device=device)
+        assert (kernel.kind, kernel.block) == (kind, block)
+        assert kernel_for("plain", device=device).kind == "plain"
+    assert not kernel_for("splash", device=cases[0][0]).interpret
+    assert kernel_for("splash").interpret
+    with pytest.raises(UserError, match="'flash' is unknown; choose one of auto, plain, splash, cudnn"):
+        kernel_for("flash")
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        kernel_for("cudnn")
+
+
+def _program(*arguments, **environment):
+    """What a program of `tests.models.attention_programs` prints."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.attention_programs", *arguments],
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"} | environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_each_device_attends_to_its_rows():
+    errors = _program("mesh", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert len(errors) == 7
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler")
+def test_splash_compiles_for_tpus():
+    described = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    found = _program("compile", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", **described)
+    assert set(found) == {"v5e:2x2", "v5p:2x2x1", "v6e:2x2"}
+    # The fp32 logits of SD3 at 1024 px alone would be 1.9 GB.
+    assert all(case["self"] < 0.7 for case in found.values()), found
+    assert found["v5e:2x2"]["pixels"] < 0.1
+    # What "names" keeps spares the backward pass the kernel's forward run.
+    assert found["v5e:2x2"]["kernels"] == {"none": 3, "names": 3, "full": 4}

@@ -161,14 +161,14 @@ class Clock:
 
 def test_lines_without_a_terminal():
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(100, initial=10, show=("dm/loss", "reward"), every=10.0, stream=stream, clock=clock)
+    progress = Progress(100, initial=10, show=("dm/score_gap", "reward"), every=10.0, stream=stream, clock=clock)
     for step in range(11, 31):
         clock.now += 1.0
-        progress.update(step, {"dm/loss": 0.123456, "reward": 2.0, "other": 1.0})
+        progress.update(step, {"dm/score_gap": 0.123456, "reward": 2.0, "other": 1.0})
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "step 20/100  1.00 step/s  ETA 01:20  loss 0.1235 reward 2",
-        "step 30/100  1.00 step/s  ETA 01:10  loss 0.1235 reward 2",
+        "step 20/100  1.00 step/s  ETA 01:20  score gap 0.1235  reward 2",
+        "step 30/100  1.00 step/s  ETA 01:10  score gap 0.1235  reward 2",
     ]
     clock.now += 280.0
     progress.update(100)
@@ -183,9 +183,43 @@ def test_bar_on_a_terminal():
             return True
 
     stream = Terminal()
-    with Progress(10, initial=4, show=("loss",), stream=stream) as progress:
+    with Progress(10, initial=4, show=("loss",), stream=stream, stage=lambda step: f"stage {step}") as progress:
         progress.update(5, {"loss": 0.5})
         progress.note("hello")
         progress.update(10, {"loss": 0.25})
     text = stream.getvalue()
-    assert "10/10" in text and "loss 0.25" in text and "hello\n" in text
+    assert "10/10" in text and "loss 0.25" in text and "hello\n" in text and "stage 10: 100%" in text
+
+
+def test_lines_say_the_stage_and_rewards_by_their_names():
+    clock, stream = Clock(), io.StringIO()
+    show = ("dm/score_gap", "fake/loss", "reward/aesthetic")
+    stage = lambda step: "joint stage" if step > 1 else "cold start"
+    progress = Progress(2, show=show, every=0.0, stream=stream, clock=clock, stage=stage)
+    for step in (1, 2):
+        clock.now += 2.0
+        progress.update(
+            step, {"dm/score_gap": 0.2, "fake/loss": 0.8, **({"reward/aesthetic": 5.5} if step > 1 else {})}
+        )
+    assert stream.getvalue().splitlines() == [
+        "cold start  step 1/2  2.00 s/step  ETA 00:02  score gap 0.2  fake loss 0.8",
+        "joint stage  step 2/2  2.00 s/step  ETA 00:00  score gap 0.2  fake loss 0.8  aesthetic 5.5",
+    ]
+
+
+def test_tensorboard_explains_every_curve(tmp_path):
+    from tensorboard import data_compat
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with MetricWriter(tmp_path) as writer:
+        for step in (1, 2):
+            writer.scalars(step, {"dm/score_gap": 0.5, "reward/hps": 1.0, "my/own": 1.0})
+        writer.images(1, {"samples/student": np.zeros((2, 2, 3), np.uint8)})
+    metadata = events(tmp_path).summary_metadata
+    assert {tag: m.display_name for tag, m in metadata.items()} == {
+        "dm/score_gap": "score gap",
+        "reward/hps": "hps",
+        "samples/student": "student",
+    }
+    value = Summary.Value(tag="dm/score_gap", simple_value=0.5, metadata=metadata["dm/score_gap"])
+    assert "steady rise" in data_compat.migrate_value(value).metadata.summary_description  # as the page shows it

@@ -129,3 +129,28 @@ def test_a_whole_run(store, teacher, prompts_file, tmp_path):
     assert open_model(RUN).meta["step"] == 4
     for name in ("samples/teacher.png", "samples/student_000004.png"):
         assert store.objects[f"bucket/runs/first/{name}"][0] == (tmp_path / name).read_bytes()
+
+
+def test_a_report_of_a_run_there(store, tmp_path):
+    """As `python -m dmdr_jax.report gs://...`, with metrics, a grid and another run beside it."""
+    import io
+    import json
+
+    from PIL import Image
+
+    from dmdr_jax.evaluation.report import write_report
+
+    png = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(png, "png")
+    for name, seed in (("first", 1), ("second", 2)):
+        folder = epath.Path(f"gs://bucket/runs/{name}")
+        config = {"model": "m", "steps": 9, "batch": 2, "seed": seed, "rewards": {}, "student": {"steps": 4}}
+        config["generator"] = {"kind": "full"}
+        disk.write_file(folder / "config.json", json.dumps({"config": config}).encode())
+        disk.write_file(folder / "metrics.jsonl", b'{"step": 1, "dm/score_gap": 0.5}\n')
+        disk.write_file(folder / "samples" / "student_000001.png", png.getvalue())
+    write_report(RUN, None, tmp_path / "one.html")
+    html = (tmp_path / "one.html").read_text()
+    assert "student at step 1" in html and "data:image/png" in html and "<svg" in html and RUN in html
+    write_report([RUN, "gs://bucket/runs/second"], None, tmp_path / "two.html")
+    assert "<th>first</th><th>second</th>" in (tmp_path / "two.html").read_text()

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.training import sharding
+from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.mmdit import MMDiT, MMDiTConfig
+from dmdr_jax.models.placement import batch_parts
+from dmdr_jax.rewards.memory import in_microbatches
+from dmdr_jax.training import mesh_choice, rules, sharding
+from dmdr_jax.training.layout import Layout
 
 ROOT = pathlib.Path(__file__).parents[2]
 INSIDE = "DMDR_JAX_TEST_EIGHT_DEVICES"
@@ -43,12 +49,17 @@ def test_on_eight_devices():
 @pytest.mark.parametrize(
     "path, shape, spec",
     [
+        (("a", "kernel"), (256, 512), P("fsdp")),  # the first whose parts are long
+        (("a", "kernel"), (64, 512), P(None, "fsdp")),
+        (("pos_embed", "pos_embed"), (1, 4096, 64), P(None, "fsdp")),
         (("a", "kernel"), (64, 128), P(None, "fsdp")),
         (("a", "kernel"), (128, 64), P("fsdp")),
         (("a", "kernel"), (64, 64), P(None, "fsdp")),  # the later of equals
         (("a", "kernel"), (130, 64), P(None, "fsdp")),  # the largest that divides
         (("a", "kernel"), (3, 3, 64, 32), P(None, None, "fsdp")),
-        (("transformer_blocks.0:24", "kernel"), (24, 16, 16), P(None, None, "fsdp")),  # never the stack
+        (("transformer_blocks.0:24", "kernel"), (24, 64, 64), P(None, None, "fsdp")),  # never the stack
+        (("transformer_blocks.0:24", "kernel"), (24, 128, 64), P(None, "fsdp")),
+        (("transformer_blocks.0:24", "kernel"), (24, 16, 16), P()),  # each block's is small
         (("transformer_blocks.0:64", "bias"), (64, 33), P()),
         (("a", "kernel"), (33, 77), P()),  # nothing divides
         (("a", "bias"), (64,), P()),  # small
@@ -57,6 +68,62 @@ def test_on_eight_devices():
 )
 def test_rule(path, shape, spec):
     assert sharding.parameter_spec(path, shape, fsdp=4, min_size=1000) == spec
+
+
+def test_frozen_weights_have_rules_of_their_own():
+    path, shape = ("pos_embed", "pos_embed"), (1, 4096, 64)
+    assert sharding.parameter_spec(path, shape, 4, rules=rules.FROZEN) == P()
+    kernel = ("transformer_blocks.0:24", "ff.net.2", "kernel"), (24, 1024, 256)
+    assert sharding.parameter_spec(*kernel, 4, rules=rules.FROZEN) == P(None, "fsdp")
+    assert sharding.parameter_spec(*kernel, 4, rules=rules.WHOLE) == P()
+
+
+# --- the mesh that is chosen ---
+
+
+GB = 10**9
+SD3_FULL = mesh_choice.Residents(base=4 * GB, trained=33 * GB, text=10 * GB, whole=2 * GB, full=True)
+SD3_LORA = mesh_choice.Residents(base=4 * GB, trained=1 * GB, text=10 * GB, whole=2 * GB, full=False)
+
+
+@pytest.mark.parametrize(
+    "slice_size, limit, held, found",
+    [
+        (1, 16, SD3_LORA, (1, False)),  # there is nothing to choose
+        (8, 95, SD3_LORA, (1, False)),  # all of it fits, several times
+        (16, 16, SD3_LORA, (8, False)),  # T5 must be split, the base need not be
+        (8, 16, SD3_FULL, (8, True)),  # a small slice may be spanned whole
+        (64, 95, SD3_FULL, (8, False)),
+        (64, 16, SD3_FULL, (32, False)),
+        (16, 16, SD3_FULL, (8, True)),  # never all of it
+        (256, 4, SD3_FULL, (128, True)),  # nothing leaves room
+    ],
+)
+def test_the_mesh_that_is_chosen(slice_size, limit, held, found):
+    assert mesh_choice.choose(slice_size, limit * GB, held) == found
+
+
+def asked(data=-1, fsdp=0, base="auto"):
+    return types.SimpleNamespace(data=data, fsdp=fsdp, base=base)
+
+
+def test_what_is_asked_for_is_taken():
+    devices = slices(1, 16)
+    sizes = lambda mesh, limit=95e9: mesh_choice.sizes(mesh, lambda: SD3_LORA, devices, limit)
+    assert sizes(asked()) == (-1, 1, False)
+    assert sizes(asked(base="split")) == (-1, 1, True)
+    assert sizes(asked(fsdp=4)) == (-1, 4, False)
+    assert sizes(asked(fsdp=4), limit=8e9) == (-1, 4, True)
+    assert sizes(asked(data=2, fsdp=8, base="whole"), limit=8e9) == (2, 8, False)
+    # Of a memory that nobody knows: nothing is split, unless it is asked for.
+    assert sizes(asked(), limit=float("inf"))[1] == 1
+    assert sizes(asked(fsdp=4), limit=float("inf")) == (-1, 4, True)
+    assert mesh_choice.sizes(asked(), lambda: SD3_FULL, slices(2, 8), 16e9) == (-1, 8, True)  # a slice, not all
+
+
+def test_a_layout_without_choice():
+    layout = mesh_choice.make_layout(asked(), held=None, devices=jax.devices()[:1])
+    assert layout.mesh.size == 1 and layout.mesh.shape["fsdp"] == 1
 
 
 def test_nothing_is_split_without_an_fsdp_axis():
@@ -157,6 +224,13 @@ def test_eight_way_batch():
         sharding.batch_sharding(mesh, 3)
 
 
+def test_a_batch_may_be_smaller_than_its_texts_are_long():
+    """A bias of the text's tokens is one for all rows."""
+    cond = Conditioning(jnp.zeros((2, 13, 4)), jnp.zeros((2, 3)), jnp.zeros(13))
+    where = Layout.make(1, 1, devices=jax.devices()[:1]).batch_shardings(cond)
+    assert where.prompt_embeds.spec == where.pooled.spec == P(("data", "fsdp")) and where.key_bias.spec == P()
+
+
 @eight_devices
 def test_eight_way_optimiser_follows_its_parameters():
     mesh = sharding.make_mesh(2, 4)
@@ -209,6 +283,65 @@ def test_eight_devices_train_as_one(sizes):
     result = jax.jit(step)(params, state, batch)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(result)):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+NETWORK = MMDiTConfig(
+    num_layers=2,
+    attention_head_dim=64,
+    num_attention_heads=4,
+    caption_projection_dim=256,
+    joint_attention_dim=256,
+    pooled_projection_dim=256,
+    sample_size=8,
+    pos_embed_max_size=8,
+)
+
+
+@eight_devices
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (1, 8)])
+def test_eight_way_gathers_and_split_gradients(sizes):
+    """A network whose layers gather their weights has the output and the gradients of one whose weights are whole."""
+    network = MMDiT(NETWORK, remat="full")
+    rng = np.random.default_rng(0)
+    shapes = (8, 8, 8, 16), (8,), (8, 8, 256), (8, 256)
+    inputs = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs))["params"]
+    params = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.normal(size=x.shape), jnp.float32), abstract)
+
+    def update(params, *inputs):
+        return jax.value_and_grad(lambda p: (network.apply({"params": p}, *inputs) ** 2).mean())(params)
+
+    expected = jax.jit(update)(params, *inputs)
+    layout = Layout.make(*sizes)
+
+    def on_mesh(params, *inputs):
+        with layout.scope():
+            return update(params, *inputs)
+
+    where = jax.tree.map(lambda x: x.sharding, layout.abstract_state(params))
+    loss, gradients = jax.jit(on_mesh)(jax.device_put(params, where), *layout.put_batch(inputs))
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    for a, b, s in zip(jax.tree.leaves(expected[1]), jax.tree.leaves(gradients), jax.tree.leaves(where)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max()) + 1e-8)
+        if jnp.any(a):  # the last block's text queries act on nothing
+            assert s.is_fully_replicated or b.sharding.is_equivalent_to(s, b.ndim)
+
+
+@eight_devices
+def test_eight_way_microbatches_give_equal_rewards():
+    """Three rows at a time on each of eight devices, and all at once."""
+    layout = Layout.make(2, 4)
+    x = np.random.default_rng(0).normal(size=(32, 4, 4, 3)).astype(np.float32)
+    score = lambda x: (jnp.tanh(x) ** 2).sum((1, 2, 3))
+
+    def update(x, size):
+        with layout.scope():
+            scores = in_microbatches(score, size * batch_parts(), remat=False)
+            return jax.value_and_grad(lambda x: (scores(x) * jnp.arange(32)).sum())(x)
+
+    whole, parts = (jax.jit(update, static_argnums=1)(layout.put_batch(x), size) for size in (0, 3))
+    np.testing.assert_allclose(whole[0], parts[0], rtol=1e-5)
+    np.testing.assert_allclose(whole[1], parts[1], atol=1e-4)
 
 
 @eight_devices

@@ -21,6 +21,7 @@ def config(folder: str | Path, prompts: str | Path, **changes) -> ConfigDict:
     c.dynamics.steps = 2
     c.preview.update(dict(every=100, images=2, teacher_steps=2))
     c.checkpoint.every = 2
+    c.watch.every = 0
     with c.unlocked():
         for key, value in changes.items():
             *groups, last = key.split("__")

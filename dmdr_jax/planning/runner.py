@@ -1,0 +1,58 @@
+"""Surveys in processes of their own, as many at a time as there are cores for."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dmdr_jax.errors import UserError
+from dmdr_jax.planning import topology
+from dmdr_jax.planning.judge import Answer, judge
+from dmdr_jax.planning.request import PROGRAMS, Facts, Request
+from dmdr_jax.planning.survey import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+AT_ONCE = 2
+TIMEOUT = 3600
+
+
+def has_libtpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def answer(request: Request) -> Answer:
+    """Surveys one run on one slice, its two programs side by side, and judges it.
+
+    Raises:
+      UserError: what was asked is refused, or the compiler died.
+    """
+    where = topology.parse(request.topology)
+    groups: Sequence[tuple[str, ...]] = [(name,) for name in PROGRAMS] if request.compiled else [PROGRAMS]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = list(pool.map(lambda names: _survey(request, names), groups))
+    programs = {name: program for facts in found for name, program in facts.programs.items()}
+    facts = Facts.from_dict({**vars(found[-1]), "programs": {}})  # the generator's process knows the stages
+    facts.programs.update(programs)
+    return judge(facts, where, request.compiled)
+
+
+def _survey(request: Request, names: Sequence[str]) -> Facts:
+    command = [sys.executable, "-m", "dmdr_jax.planning.survey", *names]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    environment.pop("XLA_FLAGS", None)  # flags for another compiler
+    done = subprocess.run(
+        command, input=request.to_json(), env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        raise UserError(f"planning {request.config} on {request.topology} failed in {' and '.join(names)}: {last}")
+    found = json.loads(lines[-1])
+    if "refused" in found:
+        raise UserError(f"{request.topology}: {found['refused']}")
+    return Facts.from_dict(found["facts"])

@@ -1,0 +1,191 @@
+"""A run on a slice that is not here: its own programs, traced and compiled for it.
+
+    python -m dmdr_jax.planning.survey PROGRAM < request.json > facts.json
+
+is what the planner runs, in a process of its own for each program, as libtpu may end the process that it fails in.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from typing import Any, NamedTuple
+
+from dmdr_jax import cli
+from dmdr_jax.errors import UserError
+from dmdr_jax.planning import topology
+from dmdr_jax.planning.request import FAKE, GENERATOR, Facts, Program, Request
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_OPTIMIZATION_LEVEL": "O0",  # a tenth of the time; products and collectives are the same
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any will do
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+"""For libtpu in a process without a TPU; it would ask the network for one."""
+
+# Products overlapped with their gathers would otherwise be written as loops of permutations, which cannot be counted.
+OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+REFUSED = "RESOURCE_EXHAUSTED"
+
+
+def survey(request: Request, names: tuple[str, ...]) -> Facts:
+    """What the run needs on the slice, with those of its programs that are named.
+
+    Raises:
+      UserError: the configuration or the topology is refused.
+    """
+    from dmdr_jax.planning.accounting import held
+    from dmdr_jax.planning.work import measure
+    from dmdr_jax.training.abstract import AbstractRun
+
+    where = topology.parse(request.topology)
+    config = load(request, where)
+    plain = AbstractRun.of(config)
+    layout = place(config, where, plain, request.compiled)
+    run = AbstractRun.of(config, layout.mesh) if request.compiled else plain
+    layout.check_batch(config.batch)
+    del plain
+    placed, stages = run.placed(layout), stages_of(config, run)
+    programs, earlier = {}, []
+    for name in names:
+        programs[name] = examine(name, trace(name, placed, layout, stages[-1].terms), where, request.compiled)
+    if GENERATOR in names:
+        works = [measure(trace(GENERATOR, placed, layout, stage.terms).jaxpr) for stage in stages[:-1]]
+        earlier = [*(work.flops / where.chips for work in works), programs[GENERATOR].flops]
+    sizes = layout.mesh.shape
+    return Facts(
+        topology=str(where),
+        chips=where.chips,
+        mesh=(sizes["data"], sizes["fsdp"]),
+        split_base=layout.split_base and sizes["fsdp"] > 1,
+        batch=config.batch,
+        held=held(placed, layout),
+        programs=programs,
+        fake_updates=stages[-1].fake_updates,
+        steps=config.steps,
+        stages=tuple((stage.steps, flops, stage.fake_updates) for stage, flops in zip(stages, earlier)),
+    )
+
+
+def load(request: Request, where: topology.Slice) -> Any:
+    """The configuration as the training program would have it on the slice."""
+    from dmdr_jax import methods
+
+    own = (f"batch={request.images_per_chip * where.chips}",) if request.images_per_chip else ()
+    return methods.resolve(cli.load_config(request.config, (*request.overrides, *own)))
+
+
+def place(config: Any, where: topology.Slice, run: Any, compiled: bool) -> Any:
+    """The layout that training would choose there; without libtpu on a mesh that has sizes and no devices."""
+    from jax.sharding import AbstractMesh, AxisType
+
+    from dmdr_jax.training import mesh_choice, sharding
+    from dmdr_jax.training.layout import Layout
+
+    limit = float(where.chip.hbm)
+    if compiled:
+        return mesh_choice.make_layout(config.mesh, run.residents, topology.describe_devices(where), limit)
+    devices = [_Stand(i // where.in_slice) for i in range(where.chips)]
+    data, fsdp, split = mesh_choice.sizes(config.mesh, run.residents, devices, limit)
+    sizes = sharding.full_sizes(data, fsdp, 1, len(devices))
+    mesh: Any = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return Layout(mesh, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stand:
+    """In place of a device that nobody describes."""
+
+    slice_index: int
+    platform: str = "tpu"
+
+
+class Stage(NamedTuple):
+    """Generator updates by the same terms: how many, by which, and how many fake updates each has."""
+
+    steps: int
+    terms: Any
+    fake_updates: int
+
+
+def stages_of(config: Any, run: Any) -> list[Stage]:
+    """The stages of a run, in their order."""
+    from dmdr_jax.objectives.base import active_terms, separate_fake_updates
+
+    lengths: dict[Any, int] = {}
+    for step in range(config.steps):
+        terms = active_terms(run.terms, step)
+        lengths[terms] = lengths.get(terms, 0) + 1
+    return [Stage(n, terms, separate_fake_updates(terms, config.fake.updates)) for terms, n in lengths.items()]
+
+
+def trace(name: str, run: Any, layout: Any, terms: Any) -> Any:
+    """One program of a placed run, traced."""
+    from dmdr_jax.training import programs
+
+    if name == FAKE:
+        jitted = programs.fake_program(run.plan, layout, run.state)
+    else:
+        jitted = programs.generator_program(run.plan, terms, layout, run.state)
+    return jitted.trace(run.state, run.frozen, run.batch)
+
+
+def examine(name: str, traced: Any, where: topology.Slice, compiled: bool) -> Program:
+    """What a traced program does, and what the compiler makes of it."""
+    from dmdr_jax.planning.work import measure
+
+    work = measure(traced.jaxpr)
+    known = Program(name, work.flops / where.chips, work.traffic / where.chips, work.gathered)
+    return compile_program(traced, known) if compiled else known
+
+
+def compile_program(traced: Any, known: Program) -> Program:
+    from dmdr_jax.planning import hlo
+
+    start = time.perf_counter()
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=OPTIONS)
+    except Exception as error:  # of XLA, as one kind with a message
+        if REFUSED not in str(error):
+            raise
+        return dataclasses.replace(known, error=first_sentence(str(error)), seconds=time.perf_counter() - start)
+    found, memory = hlo.collectives(compiled.as_text()), compiled.memory_analysis()
+    temp = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    temp += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return dataclasses.replace(
+        known,
+        gathered=hlo.total(found, hlo.GATHER),
+        scattered=hlo.total(found, hlo.SCATTER),
+        reduced=hlo.total(found, hlo.REDUCE),
+        other=hlo.total(found, hlo.OTHER),
+        largest_reduced=max((c.largest for c in found if c.kind == hlo.REDUCE), default=0),
+        arguments=memory.argument_size_in_bytes,
+        temp=temp,
+        peak=memory.peak_memory_in_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def first_sentence(text: str) -> str:
+    line = text.strip().splitlines()[0]
+    return line if len(line) < 300 else f"{line[:300]}..."
+
+
+def main() -> None:
+    request = Request.from_json(sys.stdin.read())
+    try:
+        answer: dict[str, Any] = {"facts": dataclasses.asdict(survey(request, tuple(sys.argv[1:])))}
+    except UserError as error:
+        answer = {"refused": str(error)}
+    answer = json.loads(json.dumps(answer, default=float))
+    assert all(math.isfinite(x) for x in answer.get("facts", {}).get("held", {}).values())
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Which slice, and how many images on a chip: the cheapest that fits, of each kind of chip.
+
+What a run costs at best is arithmetic and hardly depends on the slice; whether it fits needs the compiler. So for each
+kind of chip the slices are tried from the cheapest on, more images on a chip before fewer, until one is green.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from dmdr_jax.errors import UserError
+from dmdr_jax.planning.judge import GREEN, RED, Answer
+from dmdr_jax.planning.request import Request
+from dmdr_jax.planning.topology import CHIPS, Chip, parse, smaller_and_larger
+
+IMAGES = (1, 2, 4, 8)
+LARGEST = 256
+TRIES = 6
+"""Compilations for one kind of chip; each takes most of a minute."""
+
+
+def sweep(
+    request: Request,
+    kinds: Sequence[str],
+    images: Sequence[int],
+    ask: Callable[[Request], Answer],
+    compiled: bool,
+    prices: Mapping[str, float],
+) -> list[Answer]:
+    """Answers for what was tried, the cheapest that fits first, those that do not fit last.
+
+    Args:
+      kinds: of chips.
+      prices: of a chip-hour by kind of chip; 1 where it is not given.
+
+    Raises:
+      UserError: nothing that could fit was found.
+    """
+    found: list[Answer] = []
+    for kind in kinds:
+        found += _sweep_kind(request, CHIPS[kind], images, ask, compiled)
+    if not found:
+        raise UserError(f"{request.config} fits no slice of {', '.join(kinds)} of up to {LARGEST} chips.")
+    return sorted(found, key=lambda a: (a.verdict != GREEN, cost(a, prices)))
+
+
+def cost(answer: Answer, prices: Mapping[str, float]) -> float:
+    """Of the whole run, in chip-hours or in the prices' currency."""
+    return answer.chip_hours * prices.get(parse(answer.facts.topology).chip.name, 1.0)
+
+
+def _sweep_kind(
+    request: Request, chip: Chip, images: Sequence[int], ask: Callable[[Request], Answer], compiled: bool
+) -> Iterator[Answer]:
+    estimates = []
+    for where in smaller_and_larger(chip, LARGEST):
+        for count in images:
+            asked = dataclasses.replace(request, topology=str(where), images_per_chip=count, compiled=False)
+            try:
+                estimate = ask(asked)
+            except UserError:  # a batch that does not divide into groups, say
+                continue
+            if estimate.verdict != RED:
+                estimates.append(estimate)
+    estimates.sort(key=lambda a: (round(a.chip_hours, 2), a.facts.chips, -a.images_per_chip))
+    if not compiled:
+        yield from estimates[:1]
+        return
+    for estimate in estimates[:TRIES]:
+        real = ask(
+            dataclasses.replace(
+                request, topology=estimate.facts.topology, images_per_chip=int(estimate.images_per_chip)
+            )
+        )
+        yield real
+        if real.verdict == GREEN:
+            return

@@ -1,0 +1,108 @@
+"""The work in a traced program: operations, the memory traffic of its products, what it gathers.
+
+All are counted in the jaxpr, every turn of a loop included, which the compiler's own analysis does not. Operations are
+those of matrix products and convolutions, two to a multiply-add, and of device kernels by their own bodies.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Totals over all devices, but for ``gathered``, which every device receives.
+
+    Attributes:
+      flops: operations.
+      traffic: bytes of the operands and results of products, as if each went to memory and back.
+      gathered: bytes of parameters made whole by `dmdr_jax.models.placement.whole`.
+    """
+
+    flops: float = 0.0
+    traffic: float = 0.0
+    gathered: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.traffic + other.traffic, self.gathered + other.gathered)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.flops * times, self.traffic * times, self.gathered * times)
+
+
+def measure(jaxpr: Any) -> Work:
+    """The work of a (closed) jaxpr and of all it calls.
+
+    A `while` whose turns are unknown counts once, a `cond` as its dearest branch.
+    """
+    total = Work()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        total += _one(equation)
+    return total
+
+
+def count(jaxpr: Any) -> float:
+    """The operations alone."""
+    return measure(jaxpr).flops
+
+
+def _one(equation: Any) -> Work:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return Work(2 * equation.outvars[0].aval.size * _contracted(equation), _bytes(equation))
+    if name == "conv_general_dilated":
+        return Work(2 * equation.outvars[0].aval.size * _kernel_size(equation), _bytes(equation))
+    if name == "scan":
+        return measure(parameters["jaxpr"]) * parameters["length"]
+    if name == "cond":
+        return max((measure(branch) for branch in parameters["branches"]), key=lambda work: work.flops)
+    if name == "pallas_call":
+        return _kernel(equation)
+    if name == "name":
+        return _named(equation)
+    inner = sum((measure(j) for value in parameters.values() for j in _jaxprs(value)), Work())
+    if name == "shard_map":  # its body is what one device does
+        return dataclasses.replace(inner * parameters["mesh"].size, gathered=inner.gathered)
+    return inner
+
+
+def _kernel(equation: Any) -> Work:
+    """A Pallas kernel: its body, for every point of the grid."""
+    turns = math.prod(n for n in equation.params["grid_mapping"].grid if isinstance(n, int))
+    return Work(measure(equation.params["jaxpr"]).flops * turns, _bytes(equation))
+
+
+def _named(equation: Any) -> Work:
+    # Imports jax, which programs that only show their help must not.
+    from dmdr_jax.models.placement import GATHER_NAME
+
+    gathered = equation.params["name"] == GATHER_NAME
+    return Work(gathered=_size(equation.outvars[0].aval) if gathered else 0.0)
+
+
+def _contracted(equation: Any) -> int:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return math.prod(shape[axis] for axis in contracting)
+
+
+def _kernel_size(equation: Any) -> int:
+    """Multiply-adds for one output element: the kernel's taps times the input features of a group."""
+    spec, kernel = equation.params["dimension_numbers"].rhs_spec, equation.invars[1].aval.shape
+    return math.prod(kernel) // kernel[spec[0]]
+
+
+def _bytes(equation: Any) -> float:
+    return float(sum(_size(variable.aval) for variable in (*equation.invars, *equation.outvars)))
+
+
+def _size(aval: Any) -> int:
+    shape = getattr(aval, "shape", ())
+    return math.prod(shape) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
+
+
+def _jaxprs(value: Any) -> Iterator[Any]:
+    for v in value if isinstance(value, tuple | list) else [value]:
+        if hasattr(v, "eqns") or hasattr(v, "jaxpr"):
+            yield v

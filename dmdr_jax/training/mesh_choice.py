@@ -1,0 +1,125 @@
+"""Which mesh a run gets where its configuration leaves it open: from the devices' memory and what must lie in it.
+
+Only what lives between steps is weighed, by arithmetic; an update's own memory must find room in the rest. The rules:
+
+* `fsdp` is the smallest that leaves enough room, preferring that every device has all of the frozen denoiser, which is
+  then never gathered.
+* Where all of the denoiser is trained it is at least `FULL_FSDP`, so that gradients are summed in parts: to add up
+  whole ones costs twice the traffic and the memory.
+* `fsdp` is a part of a slice, never a large slice whole: along all of a torus the compiler makes of each gather or
+  scatter a sum of whole arrays.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dmdr_jax.training.layout import DENOISERS, Layout
+from dmdr_jax.training.rules import SPLIT_COMPONENTS
+from dmdr_jax.training.sharding import count_slices
+
+Tree = Any
+
+SHARE = 0.5
+"""Of a device's memory, for what lives between steps."""
+FULL_FSDP = 8
+SMALL_SLICE = 8
+"""Devices of a slice that fsdp may span whole."""
+
+
+class Residents(NamedTuple):
+    """Bytes that live between steps, each of one whole copy.
+
+    Attributes:
+      base: the frozen denoiser.
+      trained: the train state.
+      text: text encoders that can be split.
+      whole: what every device holds.
+      full: all of the denoiser is trained.
+    """
+
+    base: int
+    trained: int
+    text: int
+    whole: int
+    full: bool
+
+    def per_device(self, fsdp: int, split_base: bool) -> float:
+        base = self.base / fsdp if split_base else self.base
+        return base + (self.trained + self.text) / fsdp + self.whole
+
+
+def size(tree: Tree) -> int:
+    """Bytes of arrays or of shapes."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def residents(state: Tree, params: dict[str, Tree], rewards: Tree, full: bool) -> Residents:
+    """Of a train state, a pipeline's parameters and the rewards'."""
+    base = sum(size(tree) for name, tree in params.items() if name in DENOISERS)
+    text = sum(size(tree) for name, tree in params.items() if name in SPLIT_COMPONENTS and name not in DENOISERS)
+    others = sum(size(tree) for name, tree in params.items() if name not in SPLIT_COMPONENTS)
+    return Residents(base, size(state), text, others + size(rewards), full)
+
+
+def candidates(slice_size: int, full: bool) -> list[int]:
+    """Sizes of fsdp, ascending."""
+    sizes = [2**k for k in range(slice_size.bit_length()) if slice_size % 2**k == 0]
+    parts = [n for n in sizes if n < slice_size or slice_size <= SMALL_SLICE]
+    return [n for n in parts if n >= min(FULL_FSDP, parts[-1])] if full else parts
+
+
+def choose(slice_size: int, limit: float, held: Residents) -> tuple[int, bool]:
+    """The size of fsdp and whether the frozen denoiser is split over it.
+
+    Args:
+      slice_size: devices of one slice.
+      limit: bytes of a device.
+
+    Returns:
+      Where nothing leaves room: as many parts as there may be.
+    """
+    parts = candidates(slice_size, held.full)
+    for split_base in (False, True):
+        for fsdp in parts:
+            if held.per_device(fsdp, split_base) <= SHARE * limit:
+                return fsdp, split_base and fsdp > 1
+    return parts[-1], parts[-1] > 1
+
+
+def memory_limit(device: jax.Device) -> float:
+    """Bytes of a device's memory; infinite where it does not say."""
+    return float((device.memory_stats() or {}).get("bytes_limit", math.inf)) if device.platform != "cpu" else math.inf
+
+
+def make_layout(
+    mesh: Any, held: Callable[[], Residents], devices: Sequence[jax.Device] | None = None, limit: float | None = None
+) -> Layout:
+    """The layout that ``config.mesh`` asks for; see `sizes`."""
+    devices = jax.devices() if devices is None else devices
+    limit = memory_limit(devices[0]) if limit is None else limit
+    data, fsdp, split = sizes(mesh, held, devices, limit)
+    return Layout.make(data, fsdp, split, devices)
+
+
+def sizes(mesh: Any, held: Callable[[], Residents], devices: Sequence[Any], limit: float) -> tuple[int, int, bool]:
+    """Sizes of data and fsdp, and whether the frozen denoiser is split.
+
+    Args:
+      mesh: with ``data``, ``fsdp`` (0: to be chosen) and ``base`` ("auto", "split" or "whole").
+      held: gives what is to be placed; called where it is needed.
+      limit: bytes of a device; infinite where that is not known, and then nothing that may be whole is split.
+    """
+    in_slice = len(devices) // count_slices(devices)
+    fsdp, split = mesh.fsdp, mesh.base != "whole"
+    if not fsdp and (in_slice == 1 or math.isinf(limit)):
+        fsdp = 1
+    elif not fsdp:
+        fsdp, chosen = choose(in_slice, limit, held())
+        split = chosen if mesh.base == "auto" else split
+    elif mesh.base == "auto" and fsdp > 1 and not math.isinf(limit):
+        split = held().per_device(fsdp, split_base=False) > SHARE * limit
+    return mesh.data, fsdp, split

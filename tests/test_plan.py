@@ -1,0 +1,220 @@
+"""`python -m dmdr_jax.plan`: its answers by arithmetic, and those of libtpu's compiler where it is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dmdr_jax.errors import UserError
+from dmdr_jax.planning import command, judge, runner, sweep, table, topology
+from dmdr_jax.planning.request import FAKE, GENERATOR, Facts, Program, Request
+
+ROOT = Path(__file__).parents[1]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+SD3_FULL = ("generator.kind=full", "height=512", "width=512")
+SD3_SIZE = 2_028_328_000  # trained parameters of SD3-Medium's transformer
+GB = 1e9
+
+
+def plan(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "dmdr_jax.plan", *arguments]
+    return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    result = plan("--help")
+    assert result.returncode == 0 and "--topology" in result.stdout
+    assert time.perf_counter() - start < 5  # without jax; the machine may be busy
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config"),
+        (["--config=configs/sd3_medium.py"], "nothing to plan for"),
+        (["--config=configs/sd3_medium.py", "--topology=v9:2x2"], "no chip 'v9'"),
+        (["--config=configs/sd3_medium.py", "--topology=v5e-8", "--images_per_chip=none"], "whole numbers"),
+        (["--config=configs/sd3_medium.py", "--topology=v5e-8", "--config.bach=8"], "did you mean 'batch'"),
+        (["--config=configs/sd3_medium.py", "--sweep", "--topology=v5e:2x4"], "kinds of chip"),
+        (["--config=configs/sd3_medium.py", "--sweep", "--prices=v5e=much"], "KIND=PRICE"),
+    ],
+)
+def test_bad_requests_are_one_sentence(arguments, message):
+    result = plan(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+# --- judging -------------------------------------------------------------------------------------------------------
+
+
+def facts(gathered=10e9, temp=2e9, peak=9e9, error=None, held=8e9, **changes):
+    programs = {
+        name: Program(name, 100e12, 50e9, gathered, gathered, 4e9, 1e9, 0.0, 1000, held, temp, peak, 1.0, error)
+        for name in (FAKE, GENERATOR)
+    }
+    known = dict.fromkeys(("base", "trained", "optimiser", "ema", "kept", "vae", "rewards", "text", "batch"), 0.0)
+    values = dict(
+        topology="v5e:4x4",
+        chips=16,
+        mesh=(2, 8),
+        split_base=True,
+        batch=32,
+        held=known | {"base": held},
+        programs=programs,
+        fake_updates=5,
+        steps=100,
+        stages=((100, 100e12, 5),),
+    )
+    return Facts(**values | changes)
+
+
+def judged(**changes):
+    return judge.judge(facts(**changes), topology.parse("v5e:4x4"), True)
+
+
+@pytest.mark.parametrize(
+    "changes, verdict",
+    [
+        ({}, judge.GREEN),
+        ({"temp": 12e9, "peak": 15e9}, judge.AMBER),
+        ({"temp": 12e9, "peak": 18e9}, judge.RED),
+        ({"held": 20e9, "peak": 21e9}, judge.RED),
+        ({"error": "RESOURCE_EXHAUSTED"}, judge.RED),
+    ],
+)
+def test_verdicts(changes, verdict):
+    assert judged(**changes).verdict == verdict
+
+
+def test_the_roofline():
+    answer = judged()
+    time_ = answer.times[GENERATOR]
+    assert time_.compute == pytest.approx(100 / 197)
+    assert time_.links == pytest.approx((10 + 4 + 2 * 1) * 7 / 8 / 90)
+    assert time_.by == "compute" and time_.bound == time_.compute
+    assert answer.seconds == pytest.approx(6 * 100 / 197)
+    assert answer.images_per_second == pytest.approx(2 / answer.seconds)
+    assert answer.chip_hours == pytest.approx(100 * answer.seconds * 16 / 3600)
+
+
+def test_what_one_would_want_to_know():
+    notes = judged(mesh=(1, 16)).warnings
+    assert "spans the whole slice" in notes[0]
+    program = dataclasses.replace(facts().programs[FAKE], largest_reduced=2**24)
+    assert "16,777,216 elements whole" in judged(programs={FAKE: program, GENERATOR: program}).warnings[0]
+
+
+def test_the_table_has_what_holds_memory():
+    text = table.report([judged()])
+    assert "frozen denoiser" in text and "v5e:4x4" in text and "chip-hours" in text and "roofline" in text
+    assert "arithmetic" in table.report([dataclasses.replace(judged(), compiled=False)])
+
+
+def test_a_sweep_takes_the_cheapest_that_fits():
+    """The more chips, the less of each; a slice of four has too little."""
+    tried = []
+
+    def ask(request):
+        where = topology.parse(request.topology)
+        tried.append((str(where), request.images_per_chip, request.compiled))
+        found = facts(held=100e9 / where.chips, topology=str(where), chips=where.chips)
+        temp = 4e9 * request.images_per_chip
+        programs = {n: dataclasses.replace(p, temp=temp, peak=30e9) for n, p in found.programs.items()}
+        if not request.compiled:
+            programs = {n: dataclasses.replace(p, temp=None) for n, p in programs.items()}
+        batch = where.chips * request.images_per_chip
+        known = dataclasses.replace(found, programs=programs, batch=batch)
+        return judge.judge(known, where, request.compiled)
+
+    request = Request("x.py", (), "", 0, True)
+    answers = sweep.sweep(request, ["v5e"], [1, 2], ask, True, {})
+    assert answers[0].verdict == judge.GREEN and answers[0].facts.topology == "v5e:2x4"
+    assert answers[0].images_per_chip == 1
+    assert [t for t in tried if t[2]] == [("v5e:2x4", 2, True), ("v5e:2x4", 1, True)]
+    with pytest.raises(UserError, match="fits no slice"):
+        none = lambda request: judged(held=1e12, peak=1e12)
+        sweep.sweep(request, ["v5e"], [1], none, True, {})
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def hand_count(name):
+    """Operations for one image of 512 px, as docs/tpu.md derives them."""
+    d, layers, tokens = 1536, 24, 32**2 + 77 + 256
+    linear, attention = layers * 24 * d**2 * tokens, layers * 4 * tokens**2 * d
+    passes = {GENERATOR: (3 + 1 + 1 + 2 + 3, 3 + 1 + 1 + 2 + 3), FAKE: (4 + 1 + 2 / 3 + 1, 4 + 1 + 1 + 2)}[name]
+    return passes[0] * linear + passes[1] * attention
+
+
+def test_without_libtpu(tmp_path, capsys):
+    """Base, moments and gathers of SD3-Medium against counts by hand."""
+    file = tmp_path / "plan.json"
+    command.run("configs/sd3_medium.py", SD3_FULL, ["v5litepod-8"], ["1"], str(file), False, (), False)
+    assert "libtpu is not installed" in capsys.readouterr().out
+    (answer,) = json.loads(file.read_text())
+    facts, held = answer["facts"], answer["facts"]["held"]
+    assert (facts["mesh"], facts["split_base"], facts["batch"]) == ([1, 8], True, 8)
+    # Split, but for what is small and for the position table, and the fake score's LoRA beside it.
+    assert held["ema"] == pytest.approx(4 * SD3_SIZE / 8, rel=0.01)
+    assert held["base"] == pytest.approx(2 * SD3_SIZE / 8 + 2 * 192**2 * 1536, rel=0.02)
+    assert held["optimiser"] == pytest.approx(2 * held["trained"], rel=1e-3)
+    # Generator: three steps of the rollout, the student's call forward and back, one scoring pass of the base.
+    # Fake score: four calls of the student, its own forward and back.
+    for name, passes in ((GENERATOR, 3 + 2 + 1), (FAKE, 4 + 2)):
+        program = facts["programs"][name]
+        assert program["declared"] == pytest.approx(passes * 2 * SD3_SIZE, rel=0.03), name
+        assert program["gathered"] is None
+        assert program["flops"] == pytest.approx(hand_count(name), rel=0.02), name
+    assert answer["verdict"] == "green" and answer["memory"]["temp"] is None
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_sd3_medium_full_compiles_for_eight_chips():
+    """The row of docs/tpu.md at a quarter of its pixels; gathers as by hand, no gradient summed whole."""
+    answer = runner.answer(Request("configs/sd3_medium.py", SD3_FULL, "v5e:2x4", 1))
+    assert answer.verdict == judge.GREEN
+    for name, passes in ((GENERATOR, 6), (FAKE, 6)):
+        program = answer.facts.programs[name]
+        assert program.gathered == pytest.approx(passes * 2 * SD3_SIZE, rel=0.05), name
+        assert program.largest_reduced < judge.FULL_SIZE
+    assert answer.facts.programs[GENERATOR].scattered == pytest.approx(2 * SD3_SIZE, rel=0.05)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_sd3_medium_lora_fits_one_chip():
+    """A LoRA at 512 px with two rewards on one v5e chip, without T5."""
+    overrides = ("t5=false", "rewards.clip.weight=0.3", "rewards.hps.weight=0.3", "reward_microbatch=1")
+    answer = runner.answer(Request("configs/sd3_medium.py", overrides, "v5e-1", 1))
+    assert answer.verdict == judge.GREEN and answer.facts.mesh == (1, 1)
+
+
+@needs_libtpu
+def test_a_small_run_compiles_for_eight_chips():
+    """The embedded world's student, trained whole on a slice, with its parameters split."""
+    overrides = ("generator.kind=full", "mesh.fsdp=8", "mesh.base=split", "remat=full", "ode.steps=0", "method=dmd")
+    answer = runner.answer(Request("configs/shapes/sd3.py", overrides, "v5e:2x4", 1))
+    assert answer.verdict == judge.GREEN and answer.compiled
+    for name, program in answer.facts.programs.items():
+        assert program.gathered == pytest.approx(program.declared, rel=0.05), name
+        # Of what is small enough to be whole on every device, the sums are whole: of a stack, in one array.
+        assert program.largest_reduced < 2**17
+        assert program.peak > 0 and program.temp > 0
+    held = sum(answer.facts.held.values())
+    assert answer.facts.programs[GENERATOR].arguments <= held
+    assert answer.memory.total >= held
