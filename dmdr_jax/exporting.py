@@ -12,7 +12,7 @@ from dmdr_jax.diffusers_io.pipeline import save_pipeline
 from dmdr_jax.diffusion.ddpm_grids import student_scheduler, timesteps_of
 from dmdr_jax.diffusion.grids import explicit_config, explicit_sigmas, scheduler_config_for
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
-from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.process import VariancePreserving
 from dmdr_jax.errors import UserError
 from dmdr_jax.model import Model
 
@@ -96,7 +96,7 @@ def sampler_settings(model: Model, kernel: str | None) -> tuple[dict[str, Any], 
         raise UserError(f"diffusers has no scheduler for the kernel {chosen}: choose --kernel ode or --kernel renoise.")
     grid, base = student_levels(model), model.pipeline.scheduler
     process, steps = model.pipeline.process, len(grid) - 1
-    if not isinstance(process, Flow):
+    if isinstance(process, VariancePreserving):
         timesteps = timesteps_of(process, grid)
         config = student_scheduler(base, timesteps, chosen.stochastic)
         return config, f"pipe(prompt, timesteps={timesteps}, guidance_scale=0.0).images[0]"

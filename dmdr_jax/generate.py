@@ -72,7 +72,7 @@ def teacher_recipe(
 
 def decode_images(vae: AutoencoderKL, params: Tree, latents: Array) -> Array:
     """Latents ``[b, h, w, c]`` to pixels ``[b, H, W, 3]``, nominally in [0, 1] and not clipped, fp32."""
-    pixels = vae.apply({"params": params}, raw_from_latents(latents, vae.config), method="decode")
+    pixels: Any = vae.apply({"params": params}, raw_from_latents(latents, vae.config), method="decode")
     return pixels.astype(jnp.float32) * 0.5 + 0.5
 
 

@@ -67,16 +67,16 @@ class Model:
         if timesteps is not None:
             if steps not in (None, len(timesteps)):
                 raise UserError(f"--steps {steps} and {len(timesteps)} --timesteps contradict each other.")
-            grid = grid_at(self.pipeline.process, timesteps)
+            listed = grid_at(self.pipeline.process, timesteps)
             default = 1.0 if student is not None else self.pipeline.kind.guidance
-            return Recipe(grid, chosen, default if guidance is None else guidance)
+            return Recipe(listed, chosen, default if guidance is None else guidance)
         if student is None:
             return teacher_recipe(self.pipeline, steps, guidance, size or self.size, chosen)
         grid = student["grid"]
         if steps not in (None, len(grid) - 1):
             make = authors_grid if student["kind"] == "authors" else student_grid
-            grid = self.pipeline.process.snap(np.asarray(make(steps, student["shift"]))[:-1])
-            grid = [*np.asarray(grid), 0.0]
+            times: Any = np.asarray(make(steps, student["shift"]))[:-1]
+            grid = [*np.asarray(self.pipeline.process.snap(times)), 0.0]
         return Recipe(tuple(map(float, grid)), chosen, 1.0 if guidance is None else guidance)
 
     def _student(self) -> dict[str, Any] | None:

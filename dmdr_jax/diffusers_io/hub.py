@@ -119,7 +119,9 @@ def weight_files_wanted(folder: Path, components: Iterable[str], variant: str | 
 def needed(family: Family | None, components: Iterable[str] | None, variant: str | None) -> list[str]:
     """Patterns of everything that `locate` may ask for, for whoever must fetch it by hand."""
     patterns = [INDEX, "*/*.json", "tokenizer*/*"]
-    stems = {"*": _LIBRARY_STEMS.values()} if components is None else dict.fromkeys(components, STEMS)
+    stems: dict[str, Iterable[str]] = (
+        {"*": _LIBRARY_STEMS.values()} if components is None else dict.fromkeys(components, STEMS)
+    )
     if family is not None:
         libraries = {name: library for name, (library, _) in family.classes.items()}
         stems = {c: (_LIBRARY_STEMS[libraries[c]],) for c in components or libraries if c in libraries}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +23,7 @@ from dmdr_jax.diffusers_io.safetensors_io import save_file
 from dmdr_jax.diffusers_io.tensor_file import TensorFile
 from dmdr_jax.errors import UserError
 
+Array = jax.Array
 Tree = Any
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -36,7 +38,7 @@ _METADATA = "lora_adapter_metadata"
 
 
 def write_lora(
-    file: str | Path, delta: Tree, scale: float = 1.0, dtype: Any = np.float32, component: str = "transformer"
+    file: str | Path, delta: Tree, scale: Array | float = 1.0, dtype: Any = np.float32, component: str = "transformer"
 ) -> None:
     """Writes a delta as a file for ``pipe.load_lora_weights``.
 

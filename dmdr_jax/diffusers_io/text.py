@@ -10,6 +10,7 @@ and, as the text stream has no positions, stay alike in every block, so one such
 the bias ``log(MAX_SEQUENCE_LENGTH)`` in every attention is exactly the same and saves the rest.
 """
 
+import dataclasses
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,7 @@ def encode(
       Conditioning with ``prompt_embeds [b, n + m, d]`` and ``pooled [b, p]``, in the encoders' dtype; for SD3
       m is T5's length, or 1 with a ``key_bias`` where there is no T5; for SDXL m = 0 and there are ``time_ids``.
     """
-    towers = [modules[name].apply({"params": params[name]}, ids[name]) for name in CLIP_TOWERS]
+    towers: list[Any] = [modules[name].apply({"params": params[name]}, ids[name]) for name in CLIP_TOWERS]
     tokens = jnp.concatenate([tower.penultimate for tower in towers], axis=-1)
     if denoiser_of(modules) == SDXL.denoiser:
         return Conditioning(tokens, towers[1].projected, time_ids=time_ids(size, tokens.shape[0]))
@@ -90,8 +91,10 @@ def encode(
     width = modules[SD3.denoiser].config.joint_attention_dim
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, width - tokens.shape[-1])))
     b, n, _ = tokens.shape
+    more: Any
+    key_bias: Array | None = None
     if T5 in ids:
-        more, key_bias = modules[T5].apply({"params": params[T5]}, ids[T5]), None
+        more = modules[T5].apply({"params": params[T5]}, ids[T5])
     else:
         more = jnp.zeros((b, 1, width), tokens.dtype)
         key_bias = jnp.zeros(n + 1, jnp.float32).at[n].set(math.log(max_sequence_length))
@@ -106,7 +109,8 @@ def time_ids(size: tuple[int, int], batch: int) -> Array:
 
 def zeroed(cond: Conditioning) -> Conditioning:
     """The absent prompt of SDXL: zeros for the text, the size as it is."""
-    return cond.replace(prompt_embeds=jnp.zeros_like(cond.prompt_embeds), pooled=jnp.zeros_like(cond.pooled))
+    empty = {"prompt_embeds": jnp.zeros_like(cond.prompt_embeds), "pooled": jnp.zeros_like(cond.pooled)}
+    return dataclasses.replace(cond, **empty)
 
 
 def encode_uncond(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dmdr_jax.diffusion.process import VariancePreserving
+from dmdr_jax.diffusion.process import Process, VariancePreserving
 from dmdr_jax.errors import UserError
 
 EULER = "EulerDiscreteScheduler"
@@ -62,7 +62,7 @@ def euler_grid(config: Mapping[str, Any], steps: int) -> np.ndarray:
     return np.append((timesteps + 1) / train_steps, 0.0).astype(np.float32)
 
 
-def initial_scale(config: Mapping[str, Any], process: VariancePreserving, start: float) -> float:
+def initial_scale(config: Mapping[str, Any], process: Process, start: float) -> float:
     """What the Euler scheduler multiplies standard normal noise by at the time ``start``."""
     if config.get("_class_name", EULER) != EULER or _spacing(config) == "leading":
         return 1.0

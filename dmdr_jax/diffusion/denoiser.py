@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dmdr_jax import lora
 from dmdr_jax.diffusion.process import Process
-from dmdr_jax.models.conditioning import Conditioning, broadcast_to, concatenate
+from dmdr_jax.models.conditioning import Conditioning, broadcast_to, interleave, interleave_rows, parted
 
 Array = jax.Array
 Tree = Any
@@ -37,7 +37,7 @@ class Denoiser:
     def output(self, weights: Weights, z: Array, t: Array, cond: Conditioning) -> Array:
         """The network's raw output at ``z`` ``[b, h, w, c]`` and ``t`` (scalar or ``[b]``), fp32."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), z.shape[:1])
-        out = self.module.apply(
+        out: Any = self.module.apply(
             lora.variables(weights.params, weights.lora),
             z,
             self.process.model_time(t),
@@ -58,8 +58,7 @@ class Denoiser:
         """Classifier-free guidance ``u + w (c - u)`` in one doubled batch; plain ``c`` where ``uncond`` is None."""
         if uncond is None:
             return self.output(weights, z, t, cond)
-        both = concatenate([cond, broadcast_to(uncond, cond.batch)])
+        both = interleave_rows([cond, broadcast_to(uncond, cond.batch)])
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), z.shape[:1])
-        out = self.output(weights, jnp.concatenate([z, z]), jnp.concatenate([t, t]), both)
-        conditional, unconditional = jnp.split(out, 2)
+        conditional, unconditional = parted(self.output(weights, interleave([z, z]), interleave([t, t]), both), 2)
         return unconditional + scale * (conditional - unconditional)

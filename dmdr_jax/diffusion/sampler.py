@@ -25,6 +25,14 @@ class Trajectory(NamedTuple):
     x0: Array  # [steps, b, h, w, c]
 
 
+def at_index(stack: Array, index: Array) -> Array:
+    """Of each row its own step: ``[n, b, ...]`` and ``[b]`` to ``[b, ...]``.
+
+    Row by row, so that a batch that is split over devices is never put together.
+    """
+    return jax.vmap(lambda steps, i: steps[i], in_axes=(1, 0))(stack, index)
+
+
 def step_noise(key: Array, i: Array | int, like: Array) -> Array:
     """The noise of step i: from one key for the batch, or from a key per row ``[b]``, which makes rows independent.
 

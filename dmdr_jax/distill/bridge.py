@@ -36,7 +36,7 @@ from dmdr_jax.diffusion.kernels import Kernel
 from dmdr_jax.diffusion.process import Process
 from dmdr_jax.distill.dm import DMDraw
 from dmdr_jax.distill.scores import Scores
-from dmdr_jax.models.conditioning import Conditioning, concatenate
+from dmdr_jax.models.conditioning import Conditioning, interleave, interleave_rows, parted
 
 Array = jax.Array
 
@@ -144,8 +144,8 @@ def consistency_loss(
     start = process.to_x0(x_t, output, t)
     x0, eps = jax.lax.stop_gradient((start, process.to_eps(x_t, output, t)))
     steps = [kernel.step(process, x0, eps, later, noise, x_t, t) for noise in noises]
-    ends = denoiser.x0(fake, jnp.concatenate(steps), jnp.concatenate([later, later]), concatenate([cond, cond]))
-    first, second = jnp.split(ends, 2)
+    rows = interleave_rows([cond, cond])
+    first, second = parted(denoiser.x0(fake, interleave(steps), interleave([later, later]), rows), 2)
     return ((first - start) * (second - start)).mean()
 
 

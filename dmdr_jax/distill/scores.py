@@ -2,7 +2,7 @@
 
 The real score is the base (with the guidance LoRA at DynaDG's small, decaying scale), the fake
 score is the base with the guidance LoRA at full scale: the same frozen weights, read once for a
-batch of three parts ``[fake cond | real cond | real uncond]`` with a LoRA scale per row.
+batch of three rows a sample, fake cond, real cond and real uncond, with a LoRA scale per row.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
-from dmdr_jax.models.conditioning import Conditioning, broadcast_to, concatenate
+from dmdr_jax.models.conditioning import Conditioning, broadcast_to, interleave, interleave_rows, parted
 
 Array = jax.Array
 Tree = Any
@@ -48,8 +48,7 @@ def score_pass(
       fake_scale, real_scale: effective LoRA scales (runtime scale times alpha / rank), may be traced.
     """
     b = x_tau.shape[0]
-    rows = concatenate([cond, cond, broadcast_to(uncond, b)])
-    scale = jnp.concatenate([jnp.full((b,), fake_scale, jnp.float32), jnp.full((2 * b,), real_scale, jnp.float32)])
+    rows = interleave_rows([cond, cond, broadcast_to(uncond, b)])
+    scale = interleave([jnp.full((b,), s, jnp.float32) for s in (fake_scale, real_scale, real_scale)])
     weights = Weights(base, guidance_lora, scale)
-    x0 = denoiser.x0(weights, jnp.tile(x_tau, (3, 1, 1, 1)), jnp.tile(tau, 3), rows)
-    return Scores(*jnp.split(x0, 3))
+    return Scores(*parted(denoiser.x0(weights, interleave([x_tau] * 3), interleave([tau] * 3), rows), 3))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import Process
-from dmdr_jax.diffusion.sampler import OutputFn, Trajectory, rollout, run_prefix, sample
+from dmdr_jax.diffusion.sampler import OutputFn, Trajectory, at_index, rollout, run_prefix, sample
 
 Array = jax.Array
 
@@ -95,10 +95,10 @@ class Simulation:
         if self.shared_index:
             z = run_prefix(output_fn, process, self.kernel, noise, self.grid, key_kernel, index[0])
             return StudentInput(z, t, index, process.to_x0(z, output_fn(z, t), t) if with_sample else None)
-        grid, rows = self.grid if with_sample else self.grid[:-1], jnp.arange(batch)
+        grid = self.grid if with_sample else self.grid[:-1]
         trajectory = rollout(output_fn, process, self.kernel, noise, grid, key_kernel)
-        x0 = trajectory.x0[index, rows] if with_sample else None
-        return StudentInput(trajectory.states[index, rows], t, index, x0)
+        x0 = at_index(trajectory.x0, index) if with_sample else None
+        return StudentInput(at_index(trajectory.states, index), t, index, x0)
 
     def whole_input(
         self,
@@ -121,7 +121,7 @@ class Simulation:
         index = self.draw_index(key_index, noise.shape[0], group, last)
         randomness = key_kernel if keys is None else keys
         trajectory = rollout(_without_gradient(output_fn), process, kernel, noise, self.grid, randomness)
-        z = trajectory.states[index, jnp.arange(noise.shape[0])]
+        z = at_index(trajectory.states, index)
         return StudentInput(z, jnp.asarray(self.grid, jnp.float32)[index], index, None), trajectory
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
 from dmdr_jax.distill.dm import DMDraw
 from dmdr_jax.distill.scores import Scores
-from dmdr_jax.models.conditioning import Conditioning, broadcast_to, concatenate
+from dmdr_jax.models.conditioning import Conditioning, broadcast_to, interleave, interleave_rows, parted
 
 Array = jax.Array
 Tree = Any
@@ -95,10 +95,10 @@ def split_score_pass(
       the scores at ``tau_dm`` (of which ``real_uncond`` is at ``tau_ca``), and real cond at ``tau_ca``.
     """
     b = x_dm.shape[0]
-    rows = concatenate([cond, cond, cond, broadcast_to(uncond, b)])
-    scale = jnp.concatenate([jnp.full((b,), fake_scale, jnp.float32), jnp.full((3 * b,), real_scale, jnp.float32)])
-    z, t = jnp.concatenate([x_dm, x_dm, x_ca, x_ca]), jnp.concatenate([tau_dm, tau_dm, tau_ca, tau_ca])
-    fake, real, real_ca, uncond_ca = jnp.split(denoiser.x0(Weights(base, guidance_lora, scale), z, t, rows), 4)
+    rows = interleave_rows([cond, cond, cond, broadcast_to(uncond, b)])
+    scale = interleave([jnp.full((b,), s, jnp.float32) for s in (fake_scale, real_scale, real_scale, real_scale)])
+    z, t = interleave([x_dm, x_dm, x_ca, x_ca]), interleave([tau_dm, tau_dm, tau_ca, tau_ca])
+    fake, real, real_ca, uncond_ca = parted(denoiser.x0(Weights(base, guidance_lora, scale), z, t, rows), 4)
     return Scores(fake, real, uncond_ca), real_ca
 
 

@@ -115,7 +115,11 @@ def _open_clip(spec: FeatureSpec) -> Network:
     params = read_params(file, jnp.float32, image_side_only=True)
     vision, _ = towers(file.config, jnp.float32)
     preprocess = preprocessing_of(RewardSpec(spec.name, resize="squash"), REWARD_KINDS["clip"], file)
-    apply = jax.jit(lambda params, pixels: vision.apply({"params": params}, pixels).projected)
+
+    @jax.jit
+    def apply(params: Any, pixels: Any) -> Any:
+        tower: Any = vision.apply({"params": params}, pixels)
+        return tower.projected
 
     def embed(images: Images) -> np.ndarray:
         return _in_batches(lambda some: apply(params, preprocess.published([centre(i) for i in some])), images)

@@ -118,7 +118,7 @@ class Lpips:
     params: Any
     weights: list[Array]
 
-    def features(self, images: Array) -> list[Array]:
+    def features(self, images: Array | np.ndarray) -> list[Array]:
         """What distances are taken of, from pictures ``[b, h, w, 3]`` in [0, 1]."""
         return self._features(self.params, jnp.asarray(images, jnp.float32))
 

@@ -154,7 +154,7 @@ class Measures:
         found: dict[str, dict[str, Statistic]] = {contestant.name: {} for contestant in contestants}
         for store in self.features:
             own = {c.name: self._features(store, c.gallery.files, c.name) for c in contestants}
-            references = {TEACHER: own[contestants[0].name]}
+            references: dict[str, np.ndarray | Gaussian] = {TEACHER: own[contestants[0].name]}
             references |= {name: self._reference_features(store, name) for name in self.references}
             for name, reference in references.items():
                 measures = _against(reference, store.spec.measures)
@@ -258,8 +258,13 @@ def _against(reference: "np.ndarray | Gaussian", measures: Sequence[str]) -> dic
         found[CMMD] = lambda features: kernel.mmd(unit_rows(features))
     for i, name in enumerate((PRECISION, RECALL)):
         if name in measures:
-            found[name] = lambda features, i=i: precision_recall(features, reference)[i]
+            found[name] = _on_manifold(reference, i)
     return found
+
+
+def _on_manifold(reference: np.ndarray, i: int) -> Callable[[np.ndarray], float]:
+    """Precision (0) or recall (1)."""
+    return lambda features: precision_recall(features, reference)[i]
 
 
 def _on(features: np.ndarray, f: Callable[[np.ndarray], float]) -> Statistic:

@@ -209,5 +209,5 @@ def _save_pictures(out: Path, names: list[str], drawn: list[np.ndarray], keep: i
         grid = image_grid(images[_kept(len(images), GRID_IMAGES)])
         write_image(out / f"{name}.png", grid)
     index = _kept(len(drawn[0]), keep)
-    named = {f"model_{i}": to_uint8(images[index]) for i, images in enumerate(drawn)}
+    named: dict[str, Any] = {f"model_{i}": to_uint8(images[index]) for i, images in enumerate(drawn)}
     np.savez_compressed(out / files.IMAGES_FILE, index=index, **named)

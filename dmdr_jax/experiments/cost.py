@@ -95,8 +95,8 @@ def abstract_run(config: Any) -> Any:
     return dataclasses.replace(
         run,
         plan=dataclasses.replace(run.plan, rewards=rewards),
-        frozen=run.frozen.replace(rewards={reward.spec.name: abstract(reward.params) for reward in rewards}),
-        batch=run.batch.replace(reward_text=text),
+        frozen=dataclasses.replace(run.frozen, rewards={r.spec.name: abstract(r.params) for r in rewards}),
+        batch=dataclasses.replace(run.batch, reward_text=text),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.remat import ATTENTION_NAME, name_attention
@@ -165,17 +165,18 @@ def _on_rows(mesh: Mesh | None, call: Callable[..., Array], *arrays: Array | Non
     repeat the computation.
     """
     context = jax.sharding.get_abstract_mesh()
-    mesh = context if context.axis_names else mesh
-    if mesh is None or mesh.size == 1 or set(mesh.axis_names) <= set(context.manual_axes):
+    around: Mesh | AbstractMesh | None = context if context.axis_names else mesh
+    if around is None or around.size == 1 or set(around.axis_names) <= set(context.manual_axes):
         return call(*arrays)
-    rows, axes = arrays[0].shape[0], ()
+    rows = arrays[0].shape[0]
+    axes: tuple[str, ...] = ()
     for axis in BATCH_AXES:
-        parts = mesh.shape.get(axis, 1)
+        parts = around.shape.get(axis, 1)
         if parts > 1 and axis not in context.manual_axes and rows % parts == 0:
             axes, rows = (*axes, axis), rows // parts
     split = PartitionSpec(axes) if axes else PartitionSpec()
     specs = tuple(PartitionSpec() if x is None or x.shape[0] == 1 else split for x in arrays)
-    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*arrays)
+    return jax.shard_map(call, mesh=around, in_specs=specs, out_specs=split, check_vma=False)(*arrays)
 
 
 def _splash(
@@ -264,7 +265,8 @@ def _with_bias_columns(query: Array, key: Array, key_bias: Array | None) -> tupl
     columns = jnp.broadcast_to(jnp.stack(parts, -1)[:, :, None], (b, m, heads, len(parts)))
     ones = jnp.ones((*query.shape[:-1], len(parts)), query.dtype)
     total = width + len(parts) + -(width + len(parts)) % 8
-    return tuple(_widened(jnp.concatenate(pair, -1), total) for pair in ((query, ones), (key, columns)))
+    query, key = (_widened(jnp.concatenate(pair, -1), total) for pair in ((query, ones), (key, columns)))
+    return query, key
 
 
 def _widened(x: Array, width: int) -> Array:

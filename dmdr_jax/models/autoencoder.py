@@ -196,7 +196,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Raw latents to images."""
+    """Raw latents to images. A backward pass computes each block again: kept, some of 1024 px would be gigabytes."""
 
     config: AutoencoderKLConfig
     dtype: jnp.dtype
@@ -210,7 +210,8 @@ class Decoder(nn.Module):
         x = _mid_block(Conv(widths[0], dtype=self.dtype, name="conv_in")(raw), cfg, self.dtype, self.attention)
         for i, features in enumerate(widths):
             for j in range(cfg.layers_per_block + 1):
-                x = ResnetBlock(features, cfg.norm_num_groups, self.dtype, name=f"up_blocks.{i}.resnets.{j}")(x)
+                name = f"up_blocks.{i}.resnets.{j}"
+                x = nn.remat(ResnetBlock)(features, cfg.norm_num_groups, self.dtype, name=name)(x)
             if i + 1 < len(widths):
                 x = UpsampleConv(features, self.dtype, name=f"up_blocks.{i}.upsamplers.0.conv")(x)
         return _head(x, 3, cfg, self.dtype)

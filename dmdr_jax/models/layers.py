@@ -12,6 +12,7 @@ per batch row, so that one forward pass can serve rows with different scales.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -53,7 +54,7 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = product(_matmul, x, kernel, self.dtype)
         if self.has_variable("lora", "kernel"):
-            delta = self.get_variable("lora", "kernel")
+            delta: Any = self.get_variable("lora", "kernel")
             low = product(_matmul, x, delta["a"], self.dtype)
             y = y + product(_matmul, low * _row_scale(lora_scale, low), delta["b"], self.dtype)
         if self.use_bias:
@@ -81,7 +82,7 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         y = product(self._convolve, x, kernel, self.dtype)
         if self.has_variable("lora", "kernel"):
-            delta = self.get_variable("lora", "kernel")
+            delta: Any = self.get_variable("lora", "kernel")
             low = product(self._convolve, x, delta["a"], self.dtype) * _row_scale(lora_scale, x)
             y = y + product(lambda low, b: low @ b[0, 0], low, delta["b"], self.dtype)
         if self.use_bias:
@@ -162,7 +163,7 @@ class Embed(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: Array | np.ndarray) -> Array:
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (self.count, self.features), jnp.float32)
         return jnp.asarray(table, self.dtype)[ids]

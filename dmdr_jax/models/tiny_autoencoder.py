@@ -75,7 +75,8 @@ class AutoencoderTinyConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"vae config: unknown keys {unknown}; known are {sorted({*known, *_FIXED, *_UNUSED})}.")
-        return cls(**{k: tuple(v) if k in _LISTS else v for k, v in values.items()})
+        own: dict[str, Any] = {k: tuple(v) if k in _LISTS else v for k, v in values.items()}
+        return cls(**own)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The ``config.json`` that diffusers reads back as the same codec."""

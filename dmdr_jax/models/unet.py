@@ -134,7 +134,7 @@ class UNet2DCondition(nn.Module):
         return transformer(x, prompt_embeds, lora_scale)
 
 
-def upsample(x: Array, size: tuple[int, int]) -> Array:
+def upsample(x: Array, size: tuple[int, ...]) -> Array:
     """Nearest-neighbour upsampling of ``[b, h, w, c]`` to ``size``, each side 2 h or 2 h - 1 (an odd skip's)."""
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return x[:, : size[0], : size[1]]

@@ -11,6 +11,7 @@ The mean counts the sample itself: of the score-function gradient (G - 1)/G is l
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,4 +68,5 @@ class Advantages:
     def strength(self, step: Array) -> Array:
         """How much of their full weight the rewards have at ``step``, in [0, 1]: the ramp."""
         full = sum(abs(spec.weight) for spec in self.specs)
-        return sum(jnp.abs(reward_weight(spec, step)) for spec in self.specs) / full
+        now: Any = sum(jnp.abs(reward_weight(spec, step)) for spec in self.specs)
+        return now / full

@@ -158,8 +158,15 @@ MATCHING = {"dm", "adversarial"}
 class Term(Protocol):
     """A generator objective: a pure function of the context. Instances are hashable, static in the compiled step."""
 
-    name: str
-    needs: frozenset[str]
+    @property
+    def name(self) -> str:
+        """What its metrics are filed under."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads of the context, of the words above."""
+        ...
 
     def active(self, step: int) -> bool:
         """Whether the term counts at generator step ``step``; asked on the host, so that idle terms cost nothing."""

@@ -23,6 +23,7 @@ the teacher, away from the student), and saves the reference's pass.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,9 @@ class Drift:
                 pull.append(_distance(x, reference))
         preference = sum(losses) / len(losses)
         loss = self.weight * self.ranking.strength(ctx.step) * preference
-        metrics = {f"reward/{s.name}": ctx.rewards[s.name].astype(jnp.float32).mean() for s in self.ranking.specs}
+        metrics: dict[str, Any] = {
+            f"reward/{s.name}": ctx.rewards[s.name].astype(jnp.float32).mean() for s in self.ranking.specs
+        }
         if anchors:
             loss = loss + self.weight * self.reference_weight * sum(anchors) / len(anchors)
             metrics["drift/distance_to_reference"] = sum(pull) / len(pull)

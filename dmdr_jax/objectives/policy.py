@@ -17,6 +17,7 @@ does, which weights step k by its 2 std^2; the density is the default because it
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ class PolicyGradient:
         factor = self.weight * self._balance(ctx, advantage)
         policy = factor * steps.scale * surrogate.sum(1).mean()
         loss = policy
-        metrics = {
+        metrics: dict[str, Any] = {
             "policy/ratio_distance": jnp.abs(ratio - 1.0).mean(),
             "policy/clipped": (jnp.abs(ratio - 1.0) > self.clip).astype(jnp.float32).mean(),
             "policy/advantage_size": jnp.abs(advantage).mean(),

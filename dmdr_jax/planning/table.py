@@ -68,7 +68,8 @@ def details(answer: Answer) -> str:
     if memory.temp is not None:
         rows.append(("an update itself", _gb(memory.temp)))
     lines = [f"{answer.facts.topology}: HBM of one chip", _indent(_columns(rows))]
-    programs = [("program", "TF", "gathered", "scattered", "all-reduced", "other", "compute s", "links s", "memory s")]
+    titles = ("program", "TF", "gathered", "scattered", "all-reduced", "other", "compute s", "links s", "memory s")
+    programs: list[tuple[str, ...]] = [titles]
     for name, p in answer.facts.programs.items():
         time = answer.times[name]
         sent = (p.declared if p.gathered is None else p.gathered, p.scattered, p.reduced, p.other)

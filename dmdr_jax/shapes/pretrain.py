@@ -68,7 +68,8 @@ def autoencoder(config: Any, work: Path) -> tuple[dict[str, Any], Tree]:
     shape = {k: list(v) if isinstance(v, tuple) else v for k, v in config.vae.model.items()}
     levels = len(shape["block_out_channels"])
     shape |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    vae, file = build_module("AutoencoderKL", shape), work / "vae.pkl"
+    vae: Any = build_module("AutoencoderKL", shape)
+    file = work / "vae.pkl"
     if not file.exists():
         settings = {k: config.vae[k] for k in ("steps", "batch", "lr", "kl_weight")}
         params, statistics = train_vae(vae, get_world(config.world), seed=config.seed, **settings)
@@ -90,7 +91,8 @@ def centred_autoencoder(config: Any) -> tuple[dict[str, Any], Tree]:
     from dmdr_jax.shapes.world import get_world
 
     source = load_pipeline(resolve(config.vae.source), ["vae"])
-    params, scaling_factor = centre_latents(source.modules["vae"], source.params["vae"], get_world(config.world))
+    vae: Any = source.modules["vae"]
+    params, scaling_factor = centre_latents(vae, source.params["vae"], get_world(config.world))
     centred = {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": scaling_factor}
     shape = {k: v for k, v in source.configs["vae"].items() if k != "shift_factor" and not k.startswith("_")}
     return shape | centred, params
@@ -116,7 +118,7 @@ def scene_set(config: Any, vae: Any, vae_params: Tree, tokenizers: Any) -> Any:
     world, rng, latents, captions = get_world(config.world), np.random.default_rng(config.seed + 2), [], []
     for _ in range(0, config.teacher.scenes, 4096):
         scenes, words = prompts.sample_batch(world, 4096, rng)
-        raw = encode_images(vae, vae_params, render.render(world, scenes))
+        raw: Any = encode_images(vae, vae_params, render.render(world, scenes))
         latents.append(latents_from_raw(raw, vae.config))
         rich = rng.random(len(words)) < config.teacher.rich_captions
         captions += [prompts.rich_caption(world, s, rng) if r else w for s, w, r in zip(scenes, words, rich)]

@@ -16,7 +16,7 @@ import optax
 from dmdr_jax.diffusers_io.components import denoiser_of
 from dmdr_jax.diffusers_io.text import encode, encode_uncond
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
-from dmdr_jax.diffusion.process import Flow, Process
+from dmdr_jax.diffusion.process import Flow, Process, VariancePreserving
 from dmdr_jax.models.conditioning import where
 from dmdr_jax.models.mmdit import BUFFERS
 
@@ -38,7 +38,7 @@ class SceneSet(NamedTuple):
     latents: np.ndarray
     ids: dict[str, np.ndarray]
 
-    def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[tuple[np.ndarray, Ids]]:
+    def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Endless batches; the i-th depends on (seed, i) alone, so a run resumes where it stopped."""
         i = start
         while True:
@@ -92,9 +92,9 @@ def training_times(process: Process, key: Array, batch: int) -> tuple[Array, Arr
     if isinstance(process, Flow):
         return jax.nn.sigmoid(jax.random.normal(key, (batch,))), jnp.ones(batch)
     t = process.snap(jax.random.uniform(key, (batch,)))
-    if process.prediction != "epsilon":
-        return t, jnp.ones(batch)
-    return t, 1.0 / process.coefficients(t)[0] ** 2
+    if isinstance(process, VariancePreserving) and process.prediction == "epsilon":
+        return t, 1.0 / process.coefficients(t)[0] ** 2
+    return t, jnp.ones(batch)
 
 
 def make_optimiser(lr: float, warmup: int, steps: int) -> optax.GradientTransformation:

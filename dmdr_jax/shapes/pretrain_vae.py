@@ -18,9 +18,11 @@ Tree = Any
 
 def vae_loss(vae: AutoencoderKL, params: Tree, images: Array, key: Array, kl_weight: float) -> tuple[Array, dict]:
     """``mean |x - dec(z)| + mean (x - dec(z))^2 + kl_weight * KL(q(z|x) || N(0, I))`` per latent element."""
-    mean, logvar = vae.apply({"params": params}, images, method="encode")
+    posterior: Any = vae.apply({"params": params}, images, method="encode")
+    mean, logvar = posterior
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    error = vae.apply({"params": params}, z, method="decode") - images
+    decoded: Any = vae.apply({"params": params}, z, method="decode")
+    error = decoded - images
     kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
     loss = jnp.abs(error).mean() + (error**2).mean() + kl_weight * kl
     return loss, {"l1": jnp.abs(error).mean(), "mse": (error**2).mean(), "kl": kl}
@@ -70,7 +72,8 @@ def finetune_decoder(
         key_level, key_noise = jax.random.split(key)
         level = noise * mean.std() * jax.random.uniform(key_level, (len(images), 1, 1, 1))
         z = mean + level * jax.random.normal(key_noise, mean.shape)
-        error = vae.apply({"params": tree}, z, method="decode") - images
+        decoded: Any = vae.apply({"params": tree}, z, method="decode")
+        error = decoded - images
         return jnp.abs(error).mean() + (error**2).mean()
 
     @jax.jit

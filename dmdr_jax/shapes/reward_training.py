@@ -151,7 +151,7 @@ def contrastive_step(trainer: Trainer, opt: optax.GradientTransformation) -> Cal
 
     def loss_fn(params: Params, images: Array, positive: Array, negative: Array, objects: Array) -> Array:
         vision, text = split_params(params["clip"])
-        seen = trainer.vision.apply({"params": vision}, trainer.preprocess(images))
+        seen: Any = trainer.vision.apply({"params": vision}, trainer.preprocess(images))
         cosines = unit(seen.projected) @ embed_texts(trainer.text, text, ids).T
         scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], jnp.log(MAX_SCALE)))
         named = seen.last[:, 1:] @ params["head"]["kernel"] + params["head"]["bias"]
@@ -264,7 +264,7 @@ def train(name: str, world_name: str, steps: int, seed: int, pool: int) -> Train
     trainer = Trainer(recipe, world, seed)
     preference_steps = round(recipe.preference_steps * steps)
     started = time.monotonic()
-    shown = {} if recipe.hard_negatives else {"scene_kinds": (), "picture_kinds": ()}
+    shown: dict[str, Any] = {} if recipe.hard_negatives else {"scene_kinds": (), "picture_kinds": ()}
     groups = make_groups(world, pool, seed, **shown)
     print(f"{groups.kinds.size} pictures in {time.monotonic() - started:.0f} s", flush=True)
     train_contrastive(trainer, groups, steps - preference_steps)

@@ -76,7 +76,7 @@ def patch_loss(logits: Array, labels: Array) -> Array:
     return 0.5 * (mean(some) + mean(~some))
 
 
-def preference_loss(better: Array, worse: Array, scale: Array) -> Array:
+def preference_loss(better: Array, worse: Array, scale: Array | float) -> Array:
     """Bradley-Terry: ``-log sigmoid(scale (better - worse))``, mean over scores `[b]`."""
     return jax.nn.softplus(-scale * (better - worse)).mean()
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -93,8 +93,9 @@ def make_tokenizers(words: Iterable[str], context: int = CONTEXT) -> "tuple[CLIP
     vocabulary, merges = make_vocabulary(words)
 
     def build(pad: str) -> "CLIPTokenizer":
+        pairs: Any = list(merges)  # which the class takes, whatever its annotation says
         return CLIPTokenizer(
-            vocab=dict(vocabulary), merges=list(merges), pad_token=pad, model_max_length=context, errors="replace"
+            vocab=dict(vocabulary), merges=pairs, pad_token=pad, model_max_length=context, errors="replace"
         )
 
     return build(END), build("!")

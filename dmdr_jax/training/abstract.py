@@ -84,7 +84,7 @@ class AbstractRun:
             rewards={reward.spec.name: reward.params for reward in rewards},
             uncond=_encoded(encode_uncond, config, pipeline, plan, 1, zeros=setup.zero_uncond(config, pipeline)),
         )
-        text = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
+        text: Any = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
         cond = _encoded(encode, config, pipeline, plan, config.batch, max_sequence_length=config.t5_length)
         batch = Batch(cond, {reward.spec.name: text for reward in rewards})
         return cls(plan, terms, state, frozen, batch, pipeline)
@@ -104,9 +104,13 @@ class AbstractRun:
         base = layout.with_shardings(
             self.frozen.base, layout.component_shardings(self.pipeline.denoiser, self.frozen.base)
         )
+        rewards = {
+            reward.spec.name: layout.with_shardings(reward.params, layout.reward_shardings(reward))
+            for reward in self.plan.rewards
+        }
         batch = layout.with_shardings(self.batch, layout.batch_shardings(self.batch))
         state = layout.abstract_state(self.state)
-        return dataclasses.replace(self, state=state, frozen=copies.replace(base=base), batch=batch)
+        return dataclasses.replace(self, state=state, frozen=copies.replace(base=base, rewards=rewards), batch=batch)
 
     def trace(self, step: int | None = None) -> tuple[TrainState, TrainState]:
         """The states after a fake update and after a generator update, as shapes; a mistake in either raises.

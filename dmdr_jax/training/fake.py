@@ -1,5 +1,6 @@
 """One update of the fake score, whatever it is trained on, and of the discriminator that rides on it."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from dmdr_jax.distill import gan
 from dmdr_jax.distill.bridge import bridge_loss
 from dmdr_jax.distill.fake import fake_score_loss
 from dmdr_jax.distill.features import with_features
-from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.conditioning import Conditioning, map_rows
 from dmdr_jax.training.plan import Frozen, Keys, Plan, RealImages
 
 Array = jax.Array
@@ -57,9 +58,8 @@ def fake_update(
             loss, per_sample = fake_score_loss(plan.denoiser, weights, samples, tau, noise, cond)
             return loss, (per_sample, tau, {})
         t = plan.denoiser.process.snap(plan.method.boundary.times(keys("fake/tau"), s))
-        settings = plan.rollout_kernel, plan.method.boundary
-        arguments = samples, s, t, cond, keys("fake/renoise")
-        loss, per_sample, consistency = bridge_loss(plan.denoiser, weights, *settings, *arguments)
+        kernel, settings, key = plan.rollout_kernel, plan.method.boundary, keys("fake/renoise")
+        loss, per_sample, consistency = bridge_loss(plan.denoiser, weights, kernel, settings, samples, s, t, cond, key)
         return loss, (per_sample, t, {"fake/consistency": consistency})
 
     (loss, (per_sample, tau, more)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.fake)
@@ -108,9 +108,9 @@ def _adversarial_update(
 def draw_real(real: RealImages, like: Conditioning, key: Array) -> tuple[Array, Conditioning]:
     """As many real latents as there are rows in ``like``, with their captions."""
     rows = jax.random.randint(key, (like.batch,), 0, real.latents.shape[0])
-    cond = jax.tree.map(lambda x: x[rows], real.cond.replace(key_bias=None)).replace(key_bias=real.cond.key_bias)
+    cond = map_rows(lambda x: x[rows], real.cond)
     # Sizes and crops are the run's own.
-    return real.latents[rows], cond if like.time_ids is None else cond.replace(time_ids=like.time_ids)
+    return real.latents[rows], cond if like.time_ids is None else dataclasses.replace(cond, time_ids=like.time_ids)
 
 
 def apply_gradients(

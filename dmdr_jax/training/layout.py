@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmdr_jax.rewards.base import Reward
+from dmdr_jax.rewards.scoring import TowerScorer
 from dmdr_jax.training import sharding
 from dmdr_jax.training.rules import FROZEN, SPLIT_COMPONENTS, WHOLE
 from dmdr_jax.training.state import TrainState
@@ -71,6 +73,15 @@ class Layout:
         """Where a frozen network's tensors go as they are read (`dmdr_jax.training.rules`)."""
         split = component in SPLIT_COMPONENTS and (self.split_base or component not in DENOISERS)
         return sharding.parameter_shardings(self.mesh, abstract, rules=FROZEN if split else WHOLE)
+
+    def place_reward(self, reward: Reward) -> Tree:
+        """A reward's parameters on the devices."""
+        return jax.tree.map(_place, reward.params, self.reward_shardings(reward))
+
+    def reward_shardings(self, reward: Reward) -> Tree:
+        """Where a reward's parameters go: a tower of ours is split where the denoiser is, for it gathers its layers."""
+        split = self.split_base and isinstance(reward, TowerScorer)
+        return sharding.parameter_shardings(self.mesh, reward.params, rules=FROZEN if split else WHOLE)
 
     def batch_shardings(self, abstract: Tree) -> Tree:
         """Of an encoded batch: arrays ``[b, ...]`` split over the devices; what has one axis is for all rows, whole."""

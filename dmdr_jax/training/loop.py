@@ -183,7 +183,7 @@ def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward
     return Frozen(
         base=pipeline.params[pipeline.denoiser],
         vae=setup.reward_decoder(pipeline.params),
-        rewards={reward.spec.name: layout.replicate(reward.params) for reward in rewards},
+        rewards={reward.spec.name: layout.place_reward(reward) for reward in rewards},
         uncond=layout.replicate(encoded),
         real=layout.replicate(load_real(config, pipeline, plan)),
     )
@@ -195,7 +195,7 @@ def text_params(pipeline: Pipeline) -> dict[str, Any]:
 
 def make_encoder(
     config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout
-) -> Callable[[Sequence[str]], Batch]:
+) -> Callable[..., Batch]:
     """Prompts (and their token ids, where they are there already) to a `Batch` on the devices; nothing waits for it."""
     params = text_params(pipeline)
     fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)

@@ -17,7 +17,7 @@ from dmdr_jax.distill.schedules import RenoiseTimes
 from dmdr_jax.distill.simulate import Simulation
 from dmdr_jax.distill.split import SplitTimes
 from dmdr_jax.models.autoencoder import AutoencoderKL
-from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.conditioning import Conditioning, map_rows
 from dmdr_jax.objectives.advantages import Advantages
 from dmdr_jax.rewards.base import Reward
 from dmdr_jax.training.state import TrainState, purpose_key, with_buffers
@@ -188,6 +188,4 @@ def grouped(batch: Batch, group: int) -> Batch:
         firsts = x.reshape(-1, group, *x.shape[1:])[:, :1]
         return jax.numpy.broadcast_to(firsts, (firsts.shape[0], group, *x.shape[1:])).reshape(x.shape)
 
-    bias = batch.cond.key_bias
-    cond = jax.tree.map(repeat, batch.cond.replace(key_bias=None)).replace(key_bias=bias)
-    return Batch(cond, jax.tree.map(repeat, batch.reward_text))
+    return Batch(map_rows(repeat, batch.cond), jax.tree.map(repeat, batch.reward_text))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.diffusion.kernels import Transition, gaussian_kl, log_prob
-from dmdr_jax.diffusion.sampler import Trajectory
+from dmdr_jax.diffusion.sampler import Trajectory, at_index
 from dmdr_jax.distill.simulate import StudentInput
-from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.conditioning import Conditioning, map_rows
 from dmdr_jax.objectives.base import (
     FAKE_ON_ROLLOUT,
     GROUPS,
@@ -104,18 +104,16 @@ def realise(plan: Plan, given: StudentInput, x0: Array, noise: Array) -> tuple[A
 
 def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
     """Each row ``times`` times, one after the other."""
-    bias = cond.key_bias
-    return jax.tree.map(lambda x: jnp.repeat(x, times, 0), cond.replace(key_bias=None)).replace(key_bias=bias)
+    return map_rows(lambda x: jnp.repeat(x, times, 0), cond)
 
 
 def take_rows(cond: Conditioning, group: int, count: int) -> Conditioning:
     """The first ``count`` rows of each group; all rows of a group have one prompt."""
-    bias = cond.key_bias
 
     def take(x: Array) -> Array:
         return as_groups(x, group)[:, :count].reshape(-1, *x.shape[1:])
 
-    return jax.tree.map(take, cond.replace(key_bias=None)).replace(key_bias=bias)
+    return map_rows(take, cond)
 
 
 class _Steps(NamedTuple):
@@ -228,12 +226,12 @@ def importance(plan: Plan, rollout: Rollout, student: Weights, cond: Conditionin
     One pass without gradient; the exponent is averaged over elements, as everywhere.
     """
     given, trajectory = rollout.given, rollout.trajectory
-    rows, before = jnp.arange(cond.batch), jnp.maximum(given.index - 1, 0)
+    before = jnp.maximum(given.index - 1, 0)
     t = jnp.asarray(plan.simulation.grid, jnp.float32)[before]
-    z = trajectory.states[before, rows]
+    z = at_index(trajectory.states, before)
     steps = _Steps(z, given.z, t, given.t)
     # At i = 0 any positive deviation will do: the result is not used.
     safe = steps._replace(t_next=jnp.where(given.index > 0, given.t, plan.simulation.grid[1]))
     new = _density(plan, safe, plan.denoiser.x0(student, z, t, cond))
-    old = _density(plan, safe, trajectory.x0[before, rows])
+    old = _density(plan, safe, at_index(trajectory.x0, before))
     return jax.lax.stop_gradient(jnp.where(given.index > 0, jnp.exp(new - old), 1.0))

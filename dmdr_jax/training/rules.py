@@ -16,7 +16,7 @@ TRAINED: Rules = ((r"", True),)
 # A table of positions is cut before it is used, and most of it is not used.
 FROZEN: Rules = ((r"(^|\.)pos_embed\.pos_embed$", False), (r"", True))
 
-SPLIT_COMPONENTS = ("transformer", "unet", "text_encoder_3")
+SPLIT_COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Frozen networks with rules FROZEN; the others are small, and whole."""
 
 

@@ -1,6 +1,7 @@
 """What networks say of the student's samples: score differences, rewards, features, realness."""
 
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.models.placement import batch_parts, unsplit
 from dmdr_jax.objectives.base import FeatureSets
 from dmdr_jax.rewards.memory import in_microbatches
+from dmdr_jax.rewards.scoring import TowerScorer
 from dmdr_jax.training.plan import Batch, Frozen, Keys, Plan, Tree
 from dmdr_jax.training.rollouts import realise
 
@@ -47,7 +49,7 @@ class Scorer(NamedTuple):
         return cls(plan, frozen, jax.lax.stop_gradient(fake), scale, step)
 
     @property
-    def scales(self) -> dict[str, Array | float]:
+    def scales(self) -> dict[str, Any]:
         return {"fake_scale": self.plan.fake_scale, "real_scale": self.real_scale}
 
     def tau(self, key: Array, batch: int) -> Array:
@@ -156,7 +158,10 @@ def score_images(plan: Plan, frozen: Frozen, x0: Array, batch: Batch) -> tuple[A
     def scored(x0: Array, text: Rewards) -> tuple[Array, Rewards]:
         with unsplit():
             images = jax.checkpoint(lambda z: decode_images(plan.vae, frozen.vae, z))(x0)
-            scores = {name: reward.score(frozen.rewards[name], images, text[name]) for name, reward in names.items()}
+        scores = {}
+        for name, reward in names.items():
+            with contextlib.nullcontext() if isinstance(reward, TowerScorer) else unsplit():
+                scores[name] = reward.score(frozen.rewards[name], images, text[name])
         return images, scores
 
     text = {name: batch.reward_text[name] for name in names}
@@ -178,7 +183,8 @@ def feature_sets(
         _, found = with_features(
             plan.denoiser, Weights(frozen.base), process.add_noise(x, noise, t), t, cond, spec.layers
         )
-        return pooled(found, *x.shape[1:3], spec.cells)
+        height, width = x.shape[1:3]
+        return pooled(found, height, width, spec.cells)
 
     reference = None if reference_x0 is None else jax.lax.stop_gradient(features(reference_x0))
     return FeatureSets(features(x0), reference)

@@ -193,7 +193,7 @@ def held_out_rewards(config: Any, trained: tuple[Reward, ...]) -> tuple[Reward, 
     named = {name: config.watch.rewards[name].to_dict() for name in sorted(config.watch.rewards)}
     specs = [RewardSpec(name=name, **fields) for name, fields in named.items()]
     specs = [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.path]
-    held_out = tuple(apart(*_open([spec], config), on_host=True) for spec in specs)  # one at a time on a device
+    held_out = tuple(apart(_open([spec], config)[0], on_host=True) for spec in specs)  # one at a time on a device
     check_held_out(trained, held_out)
     return held_out
 

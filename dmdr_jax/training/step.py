@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.diffusion.denoiser import Weights
+from dmdr_jax.diffusion.sampler import at_index
 from dmdr_jax.distill.dm import DMDraw
 from dmdr_jax.distill.simulate import StudentInput
 from dmdr_jax.models.conditioning import Conditioning
@@ -197,10 +198,9 @@ def _train_on_rollout(
 def _stored_fake_data(plan: Plan, rollout: Rollout) -> tuple[Array, Array | None]:
     """`_fake_data` of a rollout whose states are all there."""
     index, trajectory = rollout.given.index, rollout.trajectory
-    rows = jnp.arange(index.shape[0])
     if plan.method.boundary is None:
-        return trajectory.x0[index, rows], None
-    return trajectory.states[index + 1, rows], jnp.asarray(plan.simulation.grid, jnp.float32)[index + 1]
+        return at_index(trajectory.x0, index), None
+    return at_index(trajectory.states, index + 1), jnp.asarray(plan.simulation.grid, jnp.float32)[index + 1]
 
 
 def _fake_updates(
@@ -237,7 +237,8 @@ def _make_targets(
         draw = scoring.one_draw(scorer, given, x0, batch.cond, keys)
         return fake, (draw, scoring.score_images(plan, frozen, x0 - draw.gradient, batch)[1], metrics)
 
-    fake, before = FakeState(state.fake, state.fake_opt), {}
+    fake = FakeState(state.fake, state.fake_opt)
+    before: Metrics = {}
     if mode == "renoise":
         fake, before = _fake_updates(plan, state, frozen, batch, x0, None)
     fake, (draws, targets, metrics) = jax.lax.scan(one, fake, jnp.arange(plan.method.updates))
@@ -245,7 +246,8 @@ def _make_targets(
     gains = {name: targets[name] - rewards[name] for name in rewards}
     running, spread = update_spread(state.extra.get("spread", {}), gains, plan.method.spread_decay)
     state = state._replace(extra={**state.extra, "spread": running})
-    known = {"draws": draws, "target_rewards": targets, "old_x0": x0, "old_rewards": rewards, "spread": spread}
+    known: dict[str, Any] = {"draws": draws, "target_rewards": targets}
+    known |= {"old_x0": x0, "old_rewards": rewards, "spread": spread}
     return state, stored._replace(**jax.lax.stop_gradient(known)), before | _mean(metrics)
 
 
