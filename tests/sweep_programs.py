@@ -1,6 +1,7 @@
 """Stands for train, evaluate and the counting of costs: their command lines and files, without networks."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,9 @@ def evaluate(options: Mapping[str, str], models: Sequence[str]) -> None:
 
 def cost(options: Mapping[str, str], stages: Sequence[str]) -> None:
     found = {"stages": list(stages), "training": 5e12, "fake_update": 1.0, "generator_update": 2.0}
-    Path(options["out"]).write_text(json.dumps(found))
+    half = Path(options["out"]).with_suffix(f".{os.getpid()}.tmp")
+    half.write_text(json.dumps(found))
+    half.replace(options["out"])
 
 
 def main(name: str, arguments: Sequence[str]) -> None:

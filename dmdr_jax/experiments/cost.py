@@ -11,6 +11,7 @@ evaluations. Loops count every turn, which XLA's own analysis does not.
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     except Exception as error:  # what a future method does may defeat the counting; a run must not fail for that
         found = {"stages": stages, "error": f"{type(error).__name__}: {error}"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    half = args.out.with_suffix(".tmp")
+    half = args.out.with_suffix(f".{os.getpid()}.tmp")  # two seeds of a row may count at the same time
     half.write_text(json.dumps(found, indent=1), encoding="utf-8")
     half.replace(args.out)
     print(json.dumps(found))
