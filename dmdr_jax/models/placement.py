@@ -138,13 +138,6 @@ def batch_parts() -> int:
     return math.prod(_axis_size(axis) for axis in BATCH_AXES)
 
 
-def split_rows(tree):
-    """Has the leading axis of each array lie over the devices as a batch does."""
-    if batch_parts() == 1:
-        return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)), tree)
-
-
 def _axis_size(name: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(name, 1)

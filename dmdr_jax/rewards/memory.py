@@ -44,24 +44,6 @@ def in_microbatches(fn: Callable[..., Tree], size: int, *, remat: bool = True) -
     return run
 
 
-def decode_and_score(
-    decode: Callable[[Array], Array], score: Callable[[Array, Tree], dict[str, Array]], size: int = 0
-) -> Callable[[Array, Tree], tuple[Array, dict[str, Array]]]:
-    """Latents and text features to images and scores, with a gradient to the latents at the memory of ``size`` rows.
-
-    Args:
-      decode: latents `[b, h, w, c]` to images `[b, H, W, 3]`.
-      score: images and text features `[b, ...]` by reward, to scores `[b]` by reward.
-      size: see `in_microbatches`.
-    """
-
-    def both(latents: Array, text_features: Tree) -> tuple[Array, dict[str, Array]]:
-        images = decode(latents)
-        return images, score(images, text_features)
-
-    return in_microbatches(both, size)
-
-
 def _filled(x: Array, rows: int) -> Array:
     missing = rows - x.shape[0]
     return jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))]) if missing else x

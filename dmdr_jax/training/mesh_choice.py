@@ -37,7 +37,7 @@ class Residents(NamedTuple):
       base: the frozen denoiser.
       trained: the train state.
       text: text encoders that can be split.
-      whole: what every device holds.
+      whole: what every device holds; the rewards are counted here, although their towers are split with the base.
       full: all of the denoiser is trained.
     """
 

@@ -15,6 +15,7 @@ from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.models.unet import UNet2DCondition
 from dmdr_jax.models.unet_config import UNetConfig
 from tests.distill import toy
+from tests.models.test_unet import SHAPE
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -29,25 +30,7 @@ def test_a_transformers_last_tokens(remat):
     assert {name: x.shape for name, x in features.items()} == {"norm_out": (3, 4, feature_width(denoiser.module))}
 
 
-UNET = UNetConfig.from_diffusers(
-    {
-        "sample_size": 16,
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [8, 24],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 10,
-        "transformer_layers_per_block": 2,
-        "attention_head_dim": 3,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 6,
-        "projection_class_embeddings_input_dim": 43,
-    }
-)
+UNET = UNetConfig.from_diffusers(SHAPE | {"out_channels": 3})
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

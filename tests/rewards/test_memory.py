@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmdr_jax.rewards.memory import decode_and_score, in_microbatches
+from dmdr_jax.rewards.memory import in_microbatches
 
 
 def score(weights, x, y):
@@ -38,17 +38,19 @@ def test_results_and_gradients_are_the_same(inputs, size, remat):
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
 
 
-def test_decode_and_score_keeps_one_lot_of_pixels():
+def test_one_lot_of_pixels_is_kept():
     """Temporary memory of the compiled gradient: with lots of one it is a fraction of the whole batch's."""
     grow = jnp.asarray(np.random.default_rng(0).standard_normal((16, 4096)), jnp.float32)
 
     def decode(z):
         return jnp.sin(jnp.sin(z @ grow))
 
+    def decode_and_score(z, t):
+        images = decode(z)
+        return images, {"r": jnp.tanh(images * t[:, None]).sum(-1)}
+
     def loss(z, size):
-        images, scores = decode_and_score(decode, lambda x, t: {"r": jnp.tanh(x * t[:, None]).sum(-1)}, size)(
-            z, z[:, 0]
-        )
+        images, scores = in_microbatches(decode_and_score, size)(z, z[:, 0])
         return scores["r"].sum() + 0.0 * images.shape[0]
 
     z = jax.ShapeDtypeStruct((64, 16), jnp.float32)
