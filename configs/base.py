@@ -26,7 +26,7 @@ def reward(
     c.margin = margin  # score above which a sample is no longer pushed
     c.units = "raw"  # of score and margin; or "z": in standard deviations of the teacher's scores
     c.mean = 0.0  # of the teacher's scores, for units "z"
-    c.std = 1.0  # of the teacher's scores, for units "z"
+    c.std = 0.0  # of the teacher's scores, for units "z"; 0: mean and std are measured before the first step
     c.prompt_prefix = prompt_prefix  # put before every prompt that this reward reads
     c.start = start  # first generator step with this reward; the cold start comes before
     c.ramp = ramp  # steps over which the weight then grows from 0
@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     c.width = 0  # pixels; 0: the model's own size
     c.compute_dtype = "float32"  # of activations and matrix products; bfloat16 on accelerators
     c.base_dtype = "float32"  # of the frozen networks in memory; bfloat16 on accelerators
+    c.calibration = 256  # teacher's images that mean and std are measured on, where a reward wants that
     c.reward_microbatch = 0  # images of a device that are decoded and scored at a time; 0: all
     c.reward_dtype = ""  # in which samples are decoded for rewards; "": as the decoder is read; bfloat16: half of that
     c.remat = "none"  # recompute in the backward pass: none, full, dots, names

@@ -92,11 +92,6 @@ class Process:
         alpha, sigma = self.coefficients(_rows(t, x_t))
         return (_wide(x_t) - alpha * _wide(x0)) / sigma
 
-    def sigma_ratio(self, t: Array) -> Array:
-        """Noise over signal, ``sigma / alpha``: the noise level on the EDM axis."""
-        alpha, sigma = self.coefficients(jnp.asarray(t, jnp.float32))
-        return sigma / alpha
-
 
 @dataclasses.dataclass(frozen=True)
 class Flow(Process):

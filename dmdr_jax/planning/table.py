@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dmdr_jax.planning.accounting import HOLDERS
 from dmdr_jax.planning.judge import Answer
 
-TITLES = {"held": "between steps", "temp": "an update", "total": "in all", "peak": "peak"}
 NAMES = {
     "base": "frozen denoiser",
     "trained": "trained (generator, fake score)",

@@ -33,7 +33,7 @@ class RewardSpec:
       margin: the hinge, in `units`; a sample that scores above it has no gradient. None: no hinge,
         the term is `-weight * mean value`.
       units: "raw" scores, or "z" for (score - mean) / std.
-      mean, std: of the teacher's scores, see `calibrated`.
+      mean, std: of the teacher's scores, for "z"; with a std of 0 they are to be measured, see `calibrated`.
       prompt_prefix: put before each prompt, for this reward alone (DMDR: "Realistic photo " for HPSv2.1).
       start: the generator step from which the term counts.
       ramp: number of steps in which the weight then grows linearly; 0 switches it on at once.
@@ -73,8 +73,8 @@ class RewardSpec:
         object.__setattr__(self, "negative_words", tuple(self.negative_words))
         if self.units not in UNITS:
             raise UserError(f"Reward {self.name!r}: units must be one of {', '.join(UNITS)}, not {self.units!r}.")
-        if not self.std > 0:
-            raise UserError(f"Reward {self.name!r}: std must be positive, not {self.std}.")
+        if not self.std >= 0:
+            raise UserError(f"Reward {self.name!r}: std must not be negative, and is {self.std}.")
         if self.start < 0 or self.ramp < 0:
             raise UserError(f"Reward {self.name!r}: start and ramp are numbers of steps and must not be negative.")
         if self.activation not in ("", *ACTIVATIONS):

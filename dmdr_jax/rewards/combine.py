@@ -6,23 +6,22 @@ with v_m the score of reward m, raw or in standard deviations of the teacher's s
 scores hardly reach DMDR's margin of 0.7, so the term is in effect linear; in z-units a margin of
 two or three is a hinge that acts.
 
-Methods that compare the samples of a group (GRPO, DPO, DrPO) take `group_advantages`: each reward in units of its
-own spread within the group, then weighted, so that no reward counts more because its numbers are larger.
+Methods that compare the samples of a group (GRPO, DPO, DrPO) take `group_z_scores` instead: each reward in units of its
+own spread within the group (`objectives/advantages.py`).
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from dmdr_jax.errors import UserError
 from dmdr_jax.rewards.base import RewardSpec
 
 Array = jax.Array
 Step = Array | int
 
 GROUP_FLOOR = 1e-4
-ADVANTAGE_CLIP = 5.0
 
 
 def reward_weight(spec: RewardSpec, step: Step) -> Array:
@@ -34,7 +33,11 @@ def reward_weight(spec: RewardSpec, step: Step) -> Array:
 def reward_value(spec: RewardSpec, scores: Array) -> Array:
     """Scores `[b]` in the spec's units, fp32."""
     scores = scores.astype(jnp.float32)
-    return (scores - spec.mean) / spec.std if spec.units == "z" else scores
+    if spec.units == "raw":
+        return scores
+    if not spec.std:
+        raise UserError(f"Reward {spec.name!r}: units 'z' need the mean and std of the teacher's scores.")
+    return (scores - spec.mean) / spec.std
 
 
 def shortfall(spec: RewardSpec, scores: Array) -> Array:
@@ -89,33 +92,3 @@ def group_z_scores(scores: Array, floor: float = GROUP_FLOOR) -> Array:
     # The mean of equal numbers may differ from them in the last digit, which the floor would let through.
     centred = jnp.where(scores.max(-1, keepdims=True) > scores.min(-1, keepdims=True), centred, 0.0)
     return centred / (jnp.sqrt((centred * centred).mean(-1, keepdims=True)) + floor)
-
-
-def group_advantages(
-    specs: Sequence[RewardSpec],
-    scores: Mapping[str, Array],
-    step: Step,
-    *,
-    floor: float = GROUP_FLOOR,
-    clip: float = ADVANTAGE_CLIP,
-) -> Array:
-    """`sum_m w_m z_m / sum_m |w_m|`, clipped to +-`clip`: z-scores per reward first, then weighted (MixGRPO's form).
-
-    Args:
-      specs: the rewards that count, with their weights.
-      scores: by reward name, `[p, g]`: g samples for each of p prompts.
-      step: generator step, for start and ramp.
-
-    Returns:
-      `[p, g]`, fp32; zeros while no reward counts.
-    """
-    weights = [reward_weight(spec, step) for spec in specs]
-    total = sum((w * group_z_scores(scores[s.name], floor) for w, s in zip(weights, specs)), jnp.float32(0.0))
-    size = sum((jnp.abs(w) for w in weights), jnp.float32(0.0))
-    return jnp.clip(jnp.where(size > 0, total / jnp.where(size > 0, size, 1.0), 0.0), -clip, clip)
-
-
-def combined_z(specs: Sequence[RewardSpec], scores: Mapping[str, Array], step: Step) -> Array:
-    """`sum_m w_m (s_m - mean_m) / std_m`, `[b]` fp32: in the teacher's units whatever the specs' own units are."""
-    in_z = [dataclasses.replace(spec, units="z") for spec in specs]
-    return combined_reward(in_z, scores, step)

@@ -21,7 +21,6 @@ class Kind:
       clean: whether prompts pass open_clip's cleaning before the tokenizer.
       logit_scale: whether the score is the cosine times exp(logit_scale), not the plain cosine.
       shown_times: the factor with which tables show the score.
-      reads_prompts: whether the score depends on the prompt.
     """
 
     network: str = CLIP
@@ -31,7 +30,6 @@ class Kind:
     clean: bool = False
     logit_scale: bool = False
     shown_times: float = 1.0
-    reads_prompts: bool = True
 
 
 KINDS: Mapping[str, Kind] = {
@@ -46,7 +44,7 @@ KINDS: Mapping[str, Kind] = {
     # Cosine with OpenAI's transform; without the factor 2.5 and the "A photo depicts" of Hessel et al. 2021.
     "clipscore": Kind(resize="crop", shown_times=100.0),
     # improved-aesthetic-predictor: simple_inference.py.
-    "aesthetic": Kind(AESTHETIC, "crop", "round", activation="quick_gelu", reads_prompts=False),
+    "aesthetic": Kind(AESTHETIC, "crop", "round", activation="quick_gelu"),
     # ImageReward.py.
     "imagereward": Kind(IMAGE_REWARD, "crop", "round"),
     # The embedded world's CLIPs: square images of their towers' own size.

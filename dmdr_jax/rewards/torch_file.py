@@ -51,13 +51,6 @@ _DAMAGE = (
 )
 
 
-def is_torch_file(path: str | Path) -> bool:
-    """Whether the file starts as those of `torch.save` do."""
-    with open(path, "rb") as file:
-        start = file.read(len(_LEGACY_START))
-    return start.startswith(_ZIP_START) or start == _LEGACY_START
-
-
 def read_torch_file(path: str | Path) -> Any:
     """What was given to `torch.save`, with a `LazyTensor` in the place of each tensor or parameter.
 

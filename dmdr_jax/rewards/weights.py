@@ -51,12 +51,6 @@ def open_weights(path: str | Path) -> Tensors:
     return tensors
 
 
-def weight_file(path: str | Path) -> Path:
-    """The file, or the first file of the folder, that `open_weights` would read."""
-    path = Path(path)
-    return _files(path)[0] if path.is_dir() else path
-
-
 def _files(folder: Path) -> list[Path]:
     """The weight files of a model folder; UserError where there are none, or several that do not belong together."""
     stems = [

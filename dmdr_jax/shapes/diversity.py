@@ -165,14 +165,3 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     a, b = a / scale, b / scale
     covariances = [np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b)]
     return gaussian_frechet(a.mean(0), covariances[0], b.mean(0), covariances[1])
-
-
-def frechet_floor(reference: np.ndarray, n: int, rng: np.random.Generator) -> float:
-    """Distance of `n` reference rows to the other ones: what a perfect sampler of `n` images would score.
-
-    Raises UserError unless the reference has more than n + 1 rows.
-    """
-    if len(reference) < n + 2:
-        raise UserError(f"a floor for {n} images wants at least {n + 2} reference images, got {len(reference)}")
-    order = rng.permutation(len(reference))
-    return frechet_distance(reference[order[:n]], reference[order[n:]])

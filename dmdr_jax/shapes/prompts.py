@@ -16,9 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -183,11 +181,6 @@ def train_records(world: World) -> list[Record]:
     return [record for tag in TAGS for record in _split_records(world, tag, False)]
 
 
-def train_prompts(world: World) -> list[str]:
-    """Every prompt that may be trained on, tag by tag."""
-    return [record["prompt"] for record in train_records(world)]
-
-
 def balanced_train_prompts(world: World) -> list[str]:
     """The training prompts, each repeated so that all tags have about equally many: the mixture evaluation scores."""
     by_tag = [[record["prompt"] for record in _split_records(world, tag, False)] for tag in TAGS]
@@ -218,18 +211,6 @@ def eval_records(world: World, per_tag: int, seed: int = 0) -> list[Record]:
             }
             records.append({**pool[index], **extra})
     return records
-
-
-def write_geneval_jsonl(path: str | os.PathLike, records: Sequence[Record]) -> None:
-    """Write records as JSON lines, GenEval's metadata format."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def write_prompts_txt(path: str | os.PathLike, records: Sequence[Record]) -> None:
-    """Write the records' prompts, one per line."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(record["prompt"] + "\n" for record in records)
 
 
 def vocabulary(world: World) -> list[str]:
@@ -395,52 +376,3 @@ def rich_caption(world: World, scene: Scene, rng: np.random.Generator) -> str:
     if joint == "and" and names == [a.shape, b.shape]:
         names[0] = f"{a.color} {a.shape}"
     return f"{_article(names[0])} {joint} {_article(names[1])}"
-
-
-def wrong_captions(world: World, record: Record, rng: np.random.Generator) -> list[str]:
-    """Hard negatives: prompts one change away from the record that its scenes do not satisfy strictly.
-
-    One of each kind that applies: another shape, another color, another count, swapped colors, the opposite relation.
-    """
-    items = record["include"]
-    shapes, names = [item["class"] for item in items], [item.get("color") for item in items]
-    other_shape = _other(world.shapes, shapes, rng)
-    other_color = _other(world.colors, names, rng)
-    tag = record["tag"]
-    if tag == "single_object":
-        wrong = [single_object(other_shape), counting(shapes[0], 2)]
-    elif tag == "colors":
-        wrong = [colors(names[0], other_shape), colors(other_color, shapes[0])]
-    elif tag == "counting":
-        count = items[0]["count"]
-        fewer_or_more = [c for c in range(1, world.max_objects + 1) if c != count]
-        other = fewer_or_more[rng.integers(len(fewer_or_more))]
-        wrong = [
-            counting(other_shape, count),
-            single_object(shapes[0]) if other == 1 else counting(shapes[0], other),
-        ]
-    elif tag == "two_object":
-        wrong = [two_object(shapes[0], other_shape), two_object(other_shape, shapes[1]), counting(shapes[0], 2)]
-    elif tag == "position":
-        (relation, _), (reference, shape) = items[1]["position"], shapes
-        wrong = [
-            position(shape, OPPOSITE[relation], reference),
-            position(reference, relation, shape),
-            position(other_shape, relation, reference),
-            position(shape, relation, other_shape),
-        ]
-    else:
-        (first, second), (a, b) = shapes, names
-        wrong = [
-            color_attr((b, first), (a, second)),
-            color_attr((other_color, first), (b, second)),
-            color_attr((a, first), (other_color, second)),
-            color_attr((a, other_shape), (b, second)),
-            color_attr((a, first), (b, other_shape)),
-        ]
-    return [item["prompt"] for item in wrong]
-
-
-def _other(choices: Sequence[str], taken: Sequence[str | None], rng: np.random.Generator) -> str:
-    free = [choice for choice in choices if choice not in taken]
-    return free[rng.integers(len(free))]

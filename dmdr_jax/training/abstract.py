@@ -74,7 +74,8 @@ class AbstractRun:
         setup.set_remat(config, pipeline)
         if mesh is not None:
             setup.set_attention(config, pipeline, mesh)
-        rewards = tuple(abstract_reward(spec, stored, config.remat != "none") for spec in setup.reward_specs(config))
+        specs = [dataclasses.replace(spec, std=spec.std or 1.0) for spec in setup.reward_specs(config)]
+        rewards = tuple(abstract_reward(spec, stored, config.remat != "none") for spec in specs)
         terms, plan = setup.make_terms(config, rewards), setup.make_plan(config, pipeline, rewards)
         base = pipeline.params[pipeline.denoiser]
         state = jax.eval_shape(partial(setup.make_state, config, pipeline.family, plan), base)

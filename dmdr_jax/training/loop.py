@@ -21,7 +21,7 @@ from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates, stage
 from dmdr_jax.rewards.base import Reward
 from dmdr_jax.rewards.feature_cache import BatchFeatures
-from dmdr_jax.training import disk, mesh_choice, ode, runtime, setup
+from dmdr_jax.training import calibration, disk, mesh_choice, ode, runtime, setup
 from dmdr_jax.training.abstract import AbstractRun
 from dmdr_jax.training.ahead import Ahead
 from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
@@ -64,11 +64,12 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     pipeline = setup.load_teacher(config, layout)
     rewards = setup.load_rewards(config)
     held_out = setup.held_out_rewards(config, rewards)
+    make_folder(workdir)
+    rewards = calibration.in_teacher_units(config, pipeline, rewards, prompts, layout, workdir)
     terms = setup.make_terms(config, rewards)
     plan = setup.make_plan(config, pipeline, rewards)
     meta = run_metadata(config, pipeline, plan)
 
-    make_folder(workdir)
     checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
     frozen = freeze(config, pipeline, plan, rewards, layout)
     preview = Preview.make(config, pipeline, plan, prompts, workdir, layout)

@@ -207,6 +207,10 @@ class Progress:
             self._print(step, stage, shown)
         self._step = step
 
+    def advance(self, steps: int) -> None:
+        """So many more steps are done."""
+        self.update(self._step + steps)
+
     def note(self, text: str) -> None:
         """Print a line without tearing the bar."""
         if self._bar is not None:

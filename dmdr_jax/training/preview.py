@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,18 +64,21 @@ class Preview:
         """The averaged student's grid at ``step``, in ``file``.png or one that names the step."""
         self._write(writer, step, "student", self.draw_student(average, frozen), file or f"student_{step:06d}")
 
-    def draw_teacher(self) -> np.ndarray:
-        """The teacher's images ``[n, H, W, 3]`` in [0, 1]."""
-        return self._draw(Weights(self.pipeline.params[self.pipeline.denoiser]), self.teacher_recipe)
+    def draw_teacher(self, progress: Callable[[int], Any] = lambda drawn: None) -> np.ndarray:
+        """The teacher's images ``[n, H, W, 3]`` in [0, 1]; ``progress`` is called with how many more are drawn."""
+        return self._draw(Weights(self.pipeline.params[self.pipeline.denoiser]), self.teacher_recipe, progress)
 
     def draw_student(self, average: Tree, frozen: Frozen) -> np.ndarray:
         """The averaged student's."""
         recipe = Recipe(self.plan.simulation.grid, self.plan.simulation.kernel, 1.0)
         return self._draw(generator_weights(self.plan, average, frozen.base), recipe)
 
-    def _draw(self, weights: Weights, recipe: Recipe) -> np.ndarray:
+    def _draw(
+        self, weights: Weights, recipe: Recipe, progress: Callable[[int], Any] = lambda drawn: None
+    ) -> np.ndarray:
         batch, sharding = self.layout.drawing(min(len(self.prompts), BATCH))
-        return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, batch=batch, sharding=sharding)
+        options: dict[str, Any] = dict(batch=batch, sharding=sharding, progress=progress)
+        return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, **options)
 
     def _write(self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None) -> None:
         grid = image_grid(images)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -22,9 +23,10 @@ import threading
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -336,6 +338,17 @@ def keep_compiled(folder: str, workdir: epath.Path) -> None:
 def is_first() -> bool:
     """Whether this is process 0, the one that writes files."""
     return jax.process_index() == 0
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, on all; it must be such as JSON can hold."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    padded = np.zeros(size, np.uint8)
+    padded[: min(size, data.size)] = data[:size]
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def sync(where: str) -> None:

@@ -64,6 +64,7 @@ COUNTS = (
     "preview.teacher_steps",
     "checkpoint.every",
     "checkpoint.keep",
+    "calibration",
     "watch.count",
     "watch.per_prompt",
     "watch.patience",

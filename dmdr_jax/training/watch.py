@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from PIL import Image
 
 from dmdr_jax.data.prompts import load_prompts
@@ -159,11 +158,11 @@ class Watch:
         """By the first process; the others get its numbers, so that all decide alike."""
         if jax.process_count() == 1:
             return canaries.measure(images, self.drawing.prompts, self.trained, self.held_out)
-        found = "{}"
+        found = {}
         if runtime.is_first():
             measured = canaries.measure(images, self.drawing.prompts, self.trained, self.held_out)
-            found = json.dumps({name: values.tolist() for name, values in measured.items()})
-        return _as_arrays(json.loads(_from_first(found)))
+            found = {name: values.tolist() for name, values in measured.items()}
+        return _as_arrays(runtime.from_first(found))
 
     def _measure_teacher(self, writer: MetricWriter, step: int) -> dict[str, np.ndarray]:
         """What was measured of the teacher once, or is now."""
@@ -217,12 +216,3 @@ def check_held_out(rewards: Sequence[Reward], held_out: Sequence[Reward]) -> Non
 
 def _as_arrays(numbers: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(values, np.float64) for name, values in numbers.items()}
-
-
-def _from_first(text: str) -> str:
-    """The first process's text, on all."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    padded = np.zeros(size, np.uint8)
-    padded[: min(size, data.size)] = data[:size]
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()

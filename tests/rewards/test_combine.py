@@ -9,8 +9,6 @@ from dmdr_jax.errors import UserError
 from dmdr_jax.rewards.base import RewardSpec, calibrated, clamp_images, saturated_fraction
 from dmdr_jax.rewards.combine import (
     combined_reward,
-    combined_z,
-    group_advantages,
     group_z_scores,
     refl_loss,
     reward_weight,
@@ -80,15 +78,6 @@ def test_saturated_fraction_is_per_image():
     np.testing.assert_allclose(saturated_fraction(images), [0.0, 0.5])
 
 
-def test_combined_z_does_not_change_with_the_scale_of_a_raw_reward():
-    specs = [RewardSpec("clip", weight=2.0, mean=0.5, std=0.25), RewardSpec("hps", mean=0.2, std=0.1)]
-    found = combined_z(specs, SCORES, 0)
-    np.testing.assert_allclose(found, [-3.2, 4.2, -1.8], atol=1e-5)
-    scaled = [RewardSpec("clip", weight=2.0, mean=51.0, std=25.0), specs[1]]
-    again = combined_z(scaled, SCORES | {"clip": 100.0 * SCORES["clip"] + 1.0}, 0)
-    np.testing.assert_allclose(found, again, atol=1e-4)
-
-
 def test_group_z_scores_are_the_population_z_scores():
     scores = np.random.default_rng(0).normal(3.0, 2.0, (4, 6)).astype(np.float32)
     expected = (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-4)
@@ -99,28 +88,10 @@ def test_group_z_scores_are_the_population_z_scores():
 def test_equal_scores_and_groups_of_one_have_no_advantage_and_no_gradient_trouble(group):
     scores = jnp.full((2, group), 0.3)
     np.testing.assert_array_equal(group_z_scores(scores), 0.0)
-    specs = [RewardSpec("clip")]
-    np.testing.assert_array_equal(group_advantages(specs, {"clip": scores}, 0), 0.0)
-
-
-def test_group_advantages_weigh_z_scores_and_are_clipped():
-    rng = np.random.default_rng(0)
-    scores = {"clip": rng.normal(size=(3, 8)), "hps": 100.0 * rng.normal(size=(3, 8)) + 7.0}
-    specs = [RewardSpec("clip", weight=3.0), RewardSpec("hps", weight=1.0)]
-    z = [(s - s.mean(1, keepdims=True)) / s.std(1, keepdims=True) for s in scores.values()]
-    found = group_advantages(specs, {k: jnp.asarray(v) for k, v in scores.items()}, 0)
-    np.testing.assert_allclose(found, (3 * z[0] + z[1]) / 4, atol=2e-3)
-    outlier = {"clip": jnp.zeros((1, 101)).at[0, 0].set(9.0)}
-    np.testing.assert_allclose(group_advantages(specs[:1], outlier, 0).max(), 5.0)
-
-
-def test_advantages_are_zero_before_a_reward_starts():
-    specs = [RewardSpec("clip", start=10)]
-    np.testing.assert_array_equal(group_advantages(specs, {"clip": jnp.arange(4.0)[None]}, 3), 0.0)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"units": "percent"}, {"std": 0.0}, {"start": -1}, {"activation": "relu"}, {"positive_words": ("a",)}]
+    "fields", [{"units": "percent"}, {"std": -1.0}, {"start": -1}, {"activation": "relu"}, {"positive_words": ("a",)}]
 )
 def test_bad_specs_are_refused_by_name(fields):
     with pytest.raises(UserError, match="'mine'"):
@@ -130,3 +101,8 @@ def test_bad_specs_are_refused_by_name(fields):
 def test_calibration_needs_scores_that_differ():
     with pytest.raises(UserError, match="calibrated"):
         calibrated(RewardSpec("mine"), np.ones(4))
+
+
+def test_z_units_that_were_not_measured_are_refused():
+    with pytest.raises(UserError, match="'mine': units 'z' need"):
+        refl_loss([RewardSpec("mine", units="z", std=0.0)], {"mine": SCORES["clip"]}, 0)
