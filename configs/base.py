@@ -138,8 +138,8 @@ def get_config() -> ConfigDict:
     c.watch.prompts = ""  # a source of prompts; "": some of those of training
     c.watch.count = 16  # prompts
     c.watch.per_prompt = 4  # images of each
-    c.watch.gap = 1.0  # alarm: trained this far over held-out rewards, in the teacher's standard deviations, while
-    c.watch.fall = 0.3  # held-out rewards are so far below their best; both together
+    c.watch.fall = 0.3  # alarm: held-out rewards so far below their best, in the teacher's standard deviations, while
+    c.watch.gap = 0.3  # the gap between trained and held-out ones is so much wider than it was there; both together
     c.watch.diversity = 0.7  # alarm: a smaller share of the teacher's
     c.watch.chroma = 0.0  # alarm: more than so many times the teacher's; 0: not asked
     c.watch.clipped = 0.0  # alarm: so much more of the pixels clipped than of the teacher's; 0: not asked

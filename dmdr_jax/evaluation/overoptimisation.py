@@ -49,16 +49,16 @@ class Thresholds:
     """When the alarm is raised.
 
     Attributes:
-      gap: in z-units, above which the trained rewards have left the held-out ones behind.
       fall: in z-units, of the held-out rewards below their best so far.
+      gap: in z-units, by which the gap is wider than it was at that best.
       diversity: share of the teacher's below which diversity counts as lost.
       chroma: times the teacher's, above which images count as gaudy; 0: not watched.
       clipped: share of clipped pixels above the teacher's that counts as too much; 0: not watched.
       patience: measurements in a row that must be beyond a threshold.
     """
 
-    gap: float = 1.0
     fall: float = 0.3
+    gap: float = 0.3
     diversity: float = 0.7
     chroma: float = 0.0
     clipped: float = 0.0
@@ -94,8 +94,8 @@ class Alarm:
 
     Attributes:
       step: at which it was raised.
-      best: the last observed step before the gap opened (or something else was lost): the state to keep. None where
-        no step was without fault.
+      best: the observed step to keep: of the best held-out rewards, where they fell; else the last one before
+        something was lost. None where no step was without fault.
       reason: in a sentence.
     """
 
@@ -107,49 +107,64 @@ class Alarm:
 def find_alarm(history: Sequence[Observation], thresholds: Thresholds = Thresholds()) -> Alarm | None:
     """The first alarm of a run, or None.
 
-    It is raised where, in `Thresholds.patience` observations in a row, either the gap is too wide and the held-out
-    rewards have fallen from their best, or diversity is lost, or images have become gaudy or clipped. A wide gap alone
-    is none: trained rewards may well gain more than held-out ones while both rise.
+    It is raised where, in `Thresholds.patience` observations in a row, either the held-out rewards have fallen from
+    their best while the gap opened, or diversity is lost, or images have become gaudy or clipped. A wide gap alone is
+    none, for trained rewards may well gain more while both rise; nor are rewards that fall together.
 
     Args:
       history: observations in the order of their steps.
     """
     since: int | None = None
-    best_judge = -np.inf
     for i, seen in enumerate(history):
-        best_judge = best_judge if seen.held_out is None else max(best_judge, seen.held_out)
-        reasons = [*_fallen_behind(seen, best_judge, thresholds), *_lost(seen, thresholds)]
+        best = _best_judged(history[: i + 1])
+        reasons = [*_fallen_behind(seen, best, thresholds), *_lost(seen, thresholds)]
         if not reasons:
             since = None
             continue
         since = i if since is None else since
         if i - since + 1 >= thresholds.patience:
-            return Alarm(seen.step, last_good(history[: since + 1], thresholds), f"{' and '.join(reasons)}.")
-    return None
-
-
-def last_good(history: Sequence[Observation], thresholds: Thresholds = Thresholds()) -> int | None:
-    """The last step at which no gap was open and nothing else lost; None if there is none."""
-    for seen in reversed(history):
-        if (seen.gap is None or seen.gap <= thresholds.gap) and not _lost(seen, thresholds):
-            return seen.step
+            return Alarm(seen.step, _before(history, since, thresholds), f"{' and '.join(reasons)}.")
     return None
 
 
 def best_step(history: Sequence[Observation], thresholds: Thresholds = Thresholds()) -> int | None:
-    """The step to keep: before the first alarm where there is one, else the last good one."""
+    """The step to keep: what the alarm says, where there is one; else the last step without fault."""
     alarm = find_alarm(history, thresholds)
-    return last_good(history, thresholds) if alarm is None else alarm.best
+    if alarm is not None:
+        return alarm.best
+    faultless = [
+        seen.step
+        for i, seen in enumerate(history)
+        if not (_fallen_behind(seen, _best_judged(history[: i + 1]), thresholds) or _lost(seen, thresholds))
+    ]
+    return faultless[-1] if faultless else None
 
 
-def _fallen_behind(seen: Observation, best_judge: float, thresholds: Thresholds) -> list[str]:
-    if seen.gap is None or seen.held_out is None:
+def _before(history: Sequence[Observation], since: int, thresholds: Thresholds) -> int | None:
+    """The step before things went wrong at index ``since``: of the best held-out rewards, if it is they that fell."""
+    whole = [seen for seen in history[:since] if not _lost(seen, thresholds)]
+    best = _best_judged(whole)
+    if best is not None and _fallen_behind(history[since], best, thresholds):
+        return best.step
+    return whole[-1].step if whole else None
+
+
+def _best_judged(history: Sequence[Observation]) -> Observation | None:
+    """The first observation with the highest held-out rewards."""
+    judged = [seen for seen in history if seen.held_out is not None]
+    return max(judged, key=lambda seen: seen.held_out, default=None)
+
+
+def _fallen_behind(seen: Observation, best: Observation | None, thresholds: Thresholds) -> list[str]:
+    """What is wrong with the rewards, compared with when the held-out ones were best."""
+    if best is None or seen.held_out is None or seen.gap is None or best.gap is None:
         return []
-    fallen = best_judge - seen.held_out
-    if not (seen.gap > thresholds.gap and fallen > thresholds.fall):
+    fallen, opened = best.held_out - seen.held_out, seen.gap - best.gap
+    if not (fallen > thresholds.fall and opened > thresholds.gap):
         return []
     return [
-        f"trained rewards are {seen.gap:.2f} standard deviations ahead of held-out ones, which fell by {fallen:.2f}"
+        f"held-out rewards fell by {fallen:.2f} standard deviations from their best at step {best.step}, and trained"
+        f" ones moved away from them by {opened:.2f}"
     ]
 
 

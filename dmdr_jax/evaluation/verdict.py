@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmdr_jax.evaluation.overoptimisation import GAP, HELD_OUT, TRAINED, Thresholds
+from dmdr_jax.evaluation.overoptimisation import GAP, HELD_OUT, TRAINED
 from dmdr_jax.evaluation.results import Column
 from dmdr_jax.evaluation.table import DECISIVE, Estimate, decide, format_estimate
 
@@ -14,6 +14,7 @@ PRIMARY = ("strict", "judge/", "reward/")
 USABLE = 0.5  # strict verdict of a teacher below which a comparison says little
 COLLAPSED = 0.6  # share of the teacher's entropy below which diversity counts as lost
 ENTROPIES = ("color_entropy", "background_entropy")
+WIDE_GAP = 1.0  # standard deviations between trained and held-out rewards that are worth a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _alarms(
     elif lost:
         alarms.append("Diversity collapsed.")
     gap = differences.get(GAP)
-    if gap is not None and gap.mean > Thresholds().gap and _worse(gap, -1):
+    if gap is not None and gap.mean > WIDE_GAP and _worse(gap, -1):
         alarms.append(f"Trained rewards are {gap.mean:.2f} standard deviations further ahead of held-out ones.")
     return alarms
 

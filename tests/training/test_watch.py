@@ -55,7 +55,7 @@ def test_the_alarm_keeps_the_checkpoint_from_before_and_ends_the_run(config, scr
     assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [2, 4]  # one is the latest
     assert load_trained(tmp_path / "best")[1]["step"] == 2 and load_trained(tmp_path)[1]["step"] == 4
     said = capsys.readouterr().err
-    assert "over-optimised at step 4: trained rewards are 4.00 standard deviations ahead" in said
+    assert "over-optimised at step 4: held-out rewards fell by 1.20 standard deviations from their best" in said
     assert f"the checkpoint from before is {tmp_path / 'best'}; the run ends here" in said
 
     rows = read_metrics(tmp_path)
