@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     c.base_dtype = "float32"  # of the frozen networks in memory; bfloat16 on accelerators
     c.calibration = 256  # teacher's images that mean and std are measured on, where a reward wants that
     c.reward_microbatch = 0  # images of a device that are decoded and scored at a time; 0: all
+    c.decode_split = False  # for rewards: one image at a time is decoded by all devices along fsdp together
     c.reward_dtype = ""  # in which samples are decoded for rewards; "": as the decoder is read; bfloat16: half of that
     c.remat = "none"  # recompute in the backward pass: none, full, dots, names
     c.compile_cache = ""  # folder that keeps compiled programs; "": WORKDIR/compiled, on accelerators; "none": nowhere

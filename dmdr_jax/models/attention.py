@@ -130,7 +130,7 @@ def attention(
         key_bias = jnp.atleast_2d(key_bias)
     if bias is None and not causal and kernel.takes(query, key):
         call = functools.partial(_splash, kernel) if kernel.kind == "splash" else _cudnn
-        return _on_rows(kernel.mesh, functools.partial(call, scale), query, key, value, key_bias)
+        return _on_devices(kernel.mesh, functools.partial(call, scale), query, key, value, key_bias)
     y = _plain(query, key, value, key_bias, bias, scale, causal)
     # Named without heads: 64-wide rows would be padded to twice their size where they are kept.
     return name_attention(merge_heads(y)).reshape(y.shape)
@@ -158,25 +158,33 @@ def _plain(
     return jnp.einsum("bknm,bmkd->bnkd", weights, value)
 
 
-def _on_rows(mesh: Mesh | None, call: Callable[..., Array], *arrays: Array | None) -> Array:
+def _on_devices(
+    mesh: Mesh | None, call: Callable[..., Array], query: Array, key: Array, value: Array, key_bias: Array | None
+) -> Array:
     """The call on each device's rows ``[b / devices, ...]``; arrays of one row are whole everywhere.
 
-    Inside a `jax.shard_map` over the mesh the rows are the device's own already. Axes that do not divide the batch
-    repeat the computation.
+    Inside a `jax.shard_map` over the mesh the rows are the device's own already. An axis that does not divide the batch
+    divides the queries, and where it cannot it repeats the computation.
     """
+    arrays = query, key, value, key_bias
     context = jax.sharding.get_abstract_mesh()
     around: Mesh | AbstractMesh | None = context if context.axis_names else mesh
     if around is None or around.size == 1 or set(around.axis_names) <= set(context.manual_axes):
         return call(*arrays)
-    rows = arrays[0].shape[0]
-    axes: tuple[str, ...] = ()
+    rows, queries = query.shape[:2]
+    of_rows: tuple[str, ...] = ()
+    of_queries: tuple[str, ...] = ()
     for axis in BATCH_AXES:
         parts = around.shape.get(axis, 1)
-        if parts > 1 and axis not in context.manual_axes and rows % parts == 0:
-            axes, rows = (*axes, axis), rows // parts
-    split = PartitionSpec(axes) if axes else PartitionSpec()
-    specs = tuple(PartitionSpec() if x is None or x.shape[0] == 1 else split for x in arrays)
-    return jax.shard_map(call, mesh=around, in_specs=specs, out_specs=split, check_vma=False)(*arrays)
+        if parts == 1 or axis in context.manual_axes:
+            continue
+        if rows % parts == 0:
+            of_rows, rows = (*of_rows, axis), rows // parts
+        elif queries % parts == 0:
+            of_queries, queries = (*of_queries, axis), queries // parts
+    split = PartitionSpec(of_rows or None, of_queries or None)
+    specs = [PartitionSpec() if x is None or x.shape[0] == 1 else PartitionSpec(of_rows or None) for x in arrays[1:]]
+    return jax.shard_map(call, mesh=around, in_specs=(split, *specs), out_specs=split, check_vma=False)(*arrays)
 
 
 def _splash(

@@ -57,7 +57,7 @@ def product(function: Product, x: Array, kernel: Array, dtype: jnp.dtype) -> Arr
       function: linear in either argument; of rows ``[b, ...]``, each by itself.
       kernel: of one layer, split over devices or not.
     """
-    spec = split_spec(kernel.shape, _axis_size(FSDP))
+    spec = split_spec(kernel.shape, axis_size(FSDP))
     if spec == PartitionSpec():
         return function(x, kernel.astype(dtype))
     shapes = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
@@ -95,7 +95,7 @@ class _Split(NamedTuple):
 
         def summed(x: Array, gradient: Array) -> Array:
             part = jax.lax.psum_scatter(own(x, gradient), FSDP, scatter_dimension=len(self.spec) - 1, tiled=True)
-            return jax.lax.psum(part, "data") if _axis_size("data") > 1 else part
+            return jax.lax.psum(part, "data") if axis_size("data") > 1 else part
 
         if self.x.shape[0] % batch_parts():
             return jax.lax.with_sharding_constraint(own(x, gradient), self.spec).astype(self.kernel.dtype)
@@ -135,9 +135,10 @@ def unsplit() -> contextlib.AbstractContextManager:
 
 def batch_parts() -> int:
     """Over how many devices the mesh about this code splits a batch; 1 without a mesh."""
-    return math.prod(_axis_size(axis) for axis in BATCH_AXES)
+    return math.prod(axis_size(axis) for axis in BATCH_AXES)
 
 
-def _axis_size(name: str) -> int:
+def axis_size(name: str) -> int:
+    """Devices along an axis of the mesh about this code; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(name, 1)

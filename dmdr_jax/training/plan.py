@@ -95,6 +95,7 @@ class Plan:
       latent_shape: ``(h, w, c)``.
       normaliser_floor: see `dmdr_jax.distill.dm`.
       reward_microbatch: images of each device that are decoded and scored at a time; 0: all.
+      decode_split: one image at a time is decoded by all devices along fsdp, some of its rows by each.
       method: what only some methods use.
     """
 
@@ -116,6 +117,7 @@ class Plan:
     ema_decay: float
     normaliser_floor: float = 1e-3
     reward_microbatch: int = 0
+    decode_split: bool = False
     method: MethodPlan = MethodPlan()
 
     @property

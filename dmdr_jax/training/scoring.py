@@ -1,10 +1,12 @@
 """What networks say of the student's samples: score differences, rewards, features, realness."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.distill import gan
@@ -15,9 +17,10 @@ from dmdr_jax.distill.schedules import dyna_dg_scale, jittered_guidance
 from dmdr_jax.distill.scores import Scores, score_pass
 from dmdr_jax.distill.simulate import StudentInput
 from dmdr_jax.distill.split import split_draw, split_score_pass
+from dmdr_jax.errors import UserError
 from dmdr_jax.generate import decode_images
 from dmdr_jax.models.conditioning import Conditioning
-from dmdr_jax.models.placement import batch_parts, unsplit
+from dmdr_jax.models.placement import BATCH_AXES, FSDP, axis_size, batch_parts, unsplit
 from dmdr_jax.objectives.base import FeatureSets
 from dmdr_jax.rewards.memory import in_microbatches
 from dmdr_jax.rewards.scoring import TowerScorer
@@ -154,18 +157,53 @@ def matching_reward(scorer: Scorer, samples: Array, cond: Conditioning, keys: Ke
 def score_images(plan: Plan, frozen: Frozen, x0: Array, batch: Batch) -> tuple[Array, Rewards]:
     """Decodes ``x0`` and scores it; gradient flows to ``x0`` alone. Activations are recomputed."""
     names = {reward.spec.name: reward for reward in plan.rewards}
+    text = {name: batch.reward_text[name] for name in names}
 
-    def scored(x0: Array, text: Rewards) -> tuple[Array, Rewards]:
+    def decoded(x0: Array) -> Array:
         with unsplit():
-            images = jax.checkpoint(lambda z: decode_images(plan.vae, frozen.vae, z))(x0)
+            return jax.checkpoint(lambda z: decode_images(plan.vae, frozen.vae, z))(x0)
+
+    def scored(images: Array, text: Rewards) -> Rewards:
         scores = {}
         for name, reward in names.items():
             with contextlib.nullcontext() if isinstance(reward, TowerScorer) else unsplit():
                 scores[name] = reward.score(frozen.rewards[name], images, text[name])
-        return images, scores
+        return scores
 
-    text = {name: batch.reward_text[name] for name in names}
-    return in_microbatches(scored, plan.reward_microbatch * batch_parts(), remat=False)(x0, text)
+    def both(x0: Array, text: Rewards) -> tuple[Array, Rewards]:
+        images = decoded(x0)
+        return images, scored(images, text)
+
+    rows = plan.reward_microbatch * batch_parts()
+    if not plan.decode_split:
+        return in_microbatches(both, rows, remat=False)(x0, text)
+    images = decode_together(decoded, x0)
+    return images, in_microbatches(scored, rows, remat=False)(images, text)
+
+
+def decode_together(decoded: Callable[[Array], Array], x0: Array) -> Array:
+    """Images of latents, one at a time decoded by all devices along fsdp, each of which takes some of its pixels' rows.
+
+    What a decoder keeps of one large image is then divided among them. Convolutions exchange the rows at the borders.
+
+    Raises:
+      UserError: rows of latents that do not divide over the devices.
+    """
+    groups, parts = axis_size("data"), axis_size(FSDP)
+    if x0.shape[1] % parts:
+        raise UserError(
+            f"config.decode_split: {x0.shape[1]} rows of latents do not divide over {parts} devices (fsdp)."
+        )
+
+    def split(x: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(x, spec) if groups * parts > 1 else x
+
+    by_rows, by_images = PartitionSpec("data", FSDP), PartitionSpec(BATCH_AXES)
+
+    def together(x0: Array) -> Array:
+        return split(decoded(split(x0, by_rows)), by_rows)
+
+    return split(in_microbatches(together, groups, remat=False)(x0), by_images)
 
 
 def feature_sets(

@@ -246,6 +246,7 @@ def make_plan(config: Any, pipeline: Pipeline, rewards: tuple[Reward, ...]) -> P
         ema_decay=config.ema,
         normaliser_floor=config.dm.normaliser_floor,
         reward_microbatch=config.reward_microbatch,
+        decode_split=config.decode_split,
         method=compose.make_method_plan(config, denoiser, simulation, rewards, partial(make_optimiser, config.optim)),
     )
 

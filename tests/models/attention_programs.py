@@ -29,8 +29,8 @@ def mesh() -> dict[str, float]:
     rng = np.random.default_rng(0)
     key_bias = jnp.zeros(70).at[3].set(5.5)
 
-    def error(rows, kernel, about=None):
-        q, k, v = (rng.normal(size=(rows, n, 2, 64)).astype(np.float32) for n in (64, 70, 70))
+    def error(rows, kernel, about=None, queries=64):
+        q, k, v = (rng.normal(size=(rows, n, 2, 64)).astype(np.float32) for n in (queries, 70, 70))
         split = NamedSharding(devices, PartitionSpec(("data", "fsdp")) if rows % 8 == 0 else PartitionSpec())
         q, k, v = jax.device_put((q, k, v), split)
 
@@ -65,6 +65,7 @@ def mesh() -> dict[str, float]:
         "inside shard_map": error(8, kernel, mapped),
         "some axes": error(4, kernel),
         "one row": error(1, kernel),
+        "queries that do not divide": error(2, kernel, queries=63),
     }
 
 

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.generate import decode_images
+from dmdr_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.models.mmdit import MMDiT, MMDiTConfig
-from dmdr_jax.models.placement import batch_parts
+from dmdr_jax.models.placement import batch_parts, unsplit
 from dmdr_jax.rewards.memory import in_microbatches
 from dmdr_jax.training import mesh_choice, rules, sharding
 from dmdr_jax.training.layout import Layout
+from dmdr_jax.training.scoring import decode_together
 
 ROOT = pathlib.Path(__file__).parents[2]
 INSIDE = "DMDR_JAX_TEST_EIGHT_DEVICES"
@@ -342,6 +346,45 @@ def test_eight_way_microbatches_give_equal_rewards():
     whole, parts = (jax.jit(update, static_argnums=1)(layout.put_batch(x), size) for size in (0, 3))
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-5)
     np.testing.assert_allclose(whole[1], parts[1], atol=1e-4)
+
+
+@eight_devices
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 8), (8, 1)])
+def test_eight_devices_decode_an_image_together(sizes):
+    """Images and gradients of one device that decodes all, and a fraction of its memory on each."""
+    shape = AutoencoderKLConfig(4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4)
+    codec = AutoencoderKL(shape)
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(lambda: codec.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))["params"]
+    params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32), abstract)
+    latents, weights = (rng.normal(size=(8, *rest)).astype(np.float32) for rest in ((32, 24, 4), (64, 48, 3)))
+    layout = Layout.make(*sizes)
+
+    def decoded(x):
+        with unsplit():
+            return jax.checkpoint(lambda z: decode_images(codec, params, z))(x)
+
+    def update(x, decode):
+        with layout.scope():
+            return jax.value_and_grad(lambda x: (decode(x) * weights).sum())(x)
+
+    expected = jax.jit(partial(update, decode=decoded))(latents)
+    program = jax.jit(partial(update, decode=partial(decode_together, decoded)))
+    program = program.lower(layout.put_batch(latents)).compile()
+    found = program(layout.put_batch(latents))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-4 * np.abs(expected[1]).max())
+    if sizes[1] > 1:
+        alone = jax.jit(partial(update, decode=decoded)).lower(layout.put_batch(latents)).compile()
+        memory = [p.memory_analysis().temp_size_in_bytes for p in (program, alone)]
+        assert memory[0] < 0.5 * memory[1]
+
+
+@eight_devices
+def test_eight_devices_need_rows_to_share():
+    layout = Layout.make(1, 8)
+    with layout.scope(), pytest.raises(UserError, match="12 rows of latents do not divide over 8 devices"):
+        decode_together(lambda x: x, jnp.zeros((8, 12, 8, 4)))
 
 
 @eight_devices
