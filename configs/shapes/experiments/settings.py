@@ -2,7 +2,7 @@
 
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/settings.py --out=runs/settings --jobs=2
 
-One training seed, and prompts and noise that no other experiment is judged on: this is where settings are chosen.
+Judged on prompts and noise of their own: this is where settings are chosen.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ CHANGES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "uniform": ("tau uniform", {"dynamics.rs": "uniform"}),
     "decay": ("tau decays to uniform", {"dynamics.rs": "dynamic"}),
     "guidance_5": ("guidance 5", {"guidance.scale": 5.0}),
+    "shift_1": ("equidistant grid", {"student.shift": 1.0}),
     "ode": ("from a regression on pairs", {"ode.steps": 300, "ode.pairs": 1536, "ode.batch": 64, "ode.lr": 1e-3}),
     "batch_64": ("batch 64", {"batch": 64}),
     "long": ("twice as long", {"steps": 2 * UPDATES}),
@@ -33,7 +34,6 @@ def get_experiment() -> Experiment:
         name="settings",
         rows=(Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER), *rows),
         teacher=arguments_of(MODEL, TEACHER),
-        seeds=(0,),
         evaluation=Evaluation(seed=0),
         pairs=(*((label, "default") for label in CHANGES if label != "default"), ("default", "teacher")),
         figures=(Bars(("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")),),
