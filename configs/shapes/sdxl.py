@@ -11,6 +11,5 @@ from configs.shapes import sd3
 
 def get_config() -> ConfigDict:
     c = sd3.get_config()
-    c.model = "shapes:sdxl"
-    c.student.shift = 1.0  # timesteps 999, 749, 499, 249
+    c.model = "shapes:sdxl"  # the grid has timesteps 999, 749, 499, 249
     return c

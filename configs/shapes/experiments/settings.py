@@ -13,13 +13,13 @@ from dmdr_jax.experiments.spec import Bars, Evaluation, Experiment, Row, argumen
 
 CHANGES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "default": ("as it is", {}),
+    "shift_3": ("grid shifted by 3", {"student.shift": 3.0}),
     "reward_3": ("rewards x 3", reward_weights(3.0)),
     "ttur_5": ("5 fake updates", {"fake.updates": 5}),
     "lr_half": ("generator's rate / 2", {"optim.generator.lr": 1e-4}),
     "uniform": ("tau uniform", {"dynamics.rs": "uniform"}),
     "decay": ("tau decays to uniform", {"dynamics.rs": "dynamic"}),
     "guidance_5": ("guidance 5", {"guidance.scale": 5.0}),
-    "shift_1": ("equidistant grid", {"student.shift": 1.0}),
     "ode": ("from a regression on pairs", {"ode.steps": 300, "ode.pairs": 1536, "ode.batch": 64, "ode.lr": 1e-3}),
     "batch_64": ("batch 64", {"batch": 64}),
     "long": ("twice as long", {"steps": 2 * UPDATES}),
