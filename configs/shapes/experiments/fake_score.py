@@ -26,6 +26,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "ode_final": ("ode_final, fake on student's x0", {"student.simulation": "ode_final"}),
     "simulated": ("ode_final, fake on simulated", SIMULATED),
     "shared_index": ("one grid index per batch", {"student.shared_index": True}),
+    "reuse": ("one rollout for all updates", {"rollout.reuse": True}),
+    "reuse_5": ("one rollout, 5 to 1", {"rollout.reuse": True, "fake.updates": 5}),
 }
 
 
