@@ -2,6 +2,7 @@
 
 import math
 import re
+import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -216,6 +217,23 @@ def test_points_lie_where_their_numbers_say(log_x):
     ratio = (across[1] - across[0]) / (across[2] - across[0])
     assert ratio == pytest.approx(0.5 if log_x else 1 / 11, abs=1e-3)
     assert (down[1] - down[2]) / (down[1] - down[0]) == pytest.approx(0.5, abs=1e-2)
+
+
+def test_a_level_lies_where_its_number_says_and_is_in_sight():
+    series = charts.Series("s", (charts.Point(0, 1.0), charts.Point(1, 2.0)))
+    panel = charts.xy_panel("t", [series], "x", level=("teacher", 4.0))
+    [level] = elements([panel], "line", "level")
+    low, high = (float(c.get("cy")) for c in elements([panel], "circle"))
+    assert (low - float(level.get("y1"))) / (low - high) == pytest.approx(3.0, abs=1e-2)
+    assert level.get("y1") == level.get("y2") and float(level.get("y1")) > charts.TOP
+    assert "teacher" in [e.text for e in elements([panel], "text")]
+
+
+def test_the_teachers_level_is_what_differences_are_from():
+    rows = {"strict": [[0.3, 0.1, -0.2, 0.1]], "frechet/teacher": [[6.0, 0.1, None, None]]}
+    lines = [types.SimpleNamespace(records=[{}, {"along": {"steps": [50], **rows}}])]
+    assert figures._teacher_level(lines, "strict") == ("teacher", pytest.approx(0.5))
+    assert figures._teacher_level(lines, "frechet/teacher") is None
 
 
 def test_names_beside_points_do_not_cover_each_other():

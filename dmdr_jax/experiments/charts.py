@@ -21,8 +21,9 @@ STYLE = """
  .paper{fill:#fff} text{font:12px system-ui,sans-serif;fill:#545d66} .title{font-weight:600;fill:#1d2329}
  .grid{stroke:#e2e0d9} .axis{stroke:#9aa1a8} .whisker{stroke:#1d2329;stroke-width:1.2} .seed{fill:#1d2329;opacity:.5}
  .line{fill:none;stroke-width:2} .band{opacity:.16} .ring{fill:none;stroke-width:1.5}
+ .level{stroke:#545d66;stroke-width:1.2;stroke-dasharray:5 4}
  @media(prefers-color-scheme:dark){.paper{fill:#14181b} text{fill:#a5aeb5} .title{fill:#e6e8e6} .grid{stroke:#313a40}
- .axis{stroke:#6d767d} .whisker{stroke:#e6e8e6} .seed{fill:#e6e8e6}}
+ .axis{stroke:#6d767d} .whisker{stroke:#e6e8e6} .seed{fill:#e6e8e6} .level{stroke:#a5aeb5}}
 """
 
 
@@ -118,11 +119,27 @@ def bar_panel(title: str, bars: Sequence[Bar]) -> Panel:
 # --- curves and clouds -----------------------------------------------------------------------------------------------
 
 
-def xy_panel(title: str, series: Sequence[Series], x_name: str, log_x: bool = False, key: bool = True) -> Panel:
-    """Points of several series, their errors as bands (joined) or whiskers; a key below."""
+def xy_panel(
+    title: str,
+    series: Sequence[Series],
+    x_name: str,
+    log_x: bool = False,
+    key: bool = True,
+    level: tuple[str, float] | None = None,
+) -> Panel:
+    """Points of several series, their errors as bands (joined) or whiskers; a key below.
+
+    Args:
+      level: the name and value of something to compare with, a broken line all the way across.
+    """
     points = [point for one in series for point in one.points]
-    place = _axes(points, log_x)
-    parts = [_text(LEFT, 16, title, "title"), *_grid(points, place, log_x)]
+    seen = points if level is None else [*points, Point(points[0].x, level[1])]
+    place = _axes(seen, log_x)
+    parts = [_text(LEFT, 16, title, "title"), *_grid(seen, place, log_x)]
+    if level is not None:
+        y = place(points[0].x, level[1])[1]
+        parts.append(_line("level", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(_text(WIDTH - RIGHT, y - 4 if y > TOP + 12 else y + 13, level[0], anchor="end"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, anchor="middle"))
     for i, one in enumerate(series):
         parts += _joined(one, place, _color(i)) if one.joined else _cloud(one, place, _color(i))

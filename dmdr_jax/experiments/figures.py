@@ -8,7 +8,7 @@ import numpy as np
 
 from dmdr_jax.experiments import charts
 from dmdr_jax.experiments.records import Record
-from dmdr_jax.experiments.spec import Bars, Curves, Experiment, Figure, Pareto, Sweep
+from dmdr_jax.experiments.spec import TEACHER, Bars, Curves, Experiment, Figure, Pareto, Sweep
 from dmdr_jax.experiments.statistics import over_seeds
 from dmdr_jax.experiments.tables import Line, column_of, value
 
@@ -64,9 +64,18 @@ def _curves(figure: Curves, lines: Sequence[Line]) -> list[charts.Panel]:
         series = [charts.Series(line.row.name, _along(line, key, figure.x)) for line in lines]
         series = [one for one in series if one.points]
         if series:
-            title = column_of(key).title
-            panels.append(charts.xy_panel(title, series, X_NAMES[figure.x], key=not panels))
+            title, level = column_of(key).title, _teacher_level(lines, key)
+            panels.append(charts.xy_panel(title, series, X_NAMES[figure.x], key=not panels, level=level))
     return panels
+
+
+def _teacher_level(lines: Sequence[Line], key: str) -> tuple[str, float] | None:
+    """What the teacher has in the evaluations along training."""
+    for record in (record for line in lines for record in line.records):
+        for number, _, difference, _ in record.get("along", {}).get(key, ()):
+            if number is not None and difference is not None:
+                return TEACHER, number - difference
+    return None
 
 
 def _along(line: Line, key: str, x: str) -> tuple[charts.Point, ...]:
