@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     c.watch.per_prompt = 4  # images of each
     c.watch.fall = 0.3  # alarm: held-out rewards so far below their best, in the teacher's standard deviations, while
     c.watch.gap = 0.3  # the gap between trained and held-out ones is so much wider than it was there; both together
-    c.watch.diversity = 0.7  # alarm: a smaller share of the teacher's
+    c.watch.diversity = 0.7  # alarm: a smaller share of the teacher's, of what images show or of their colours
     c.watch.chroma = 0.0  # alarm: more than so many times the teacher's; 0: not asked
     c.watch.clipped = 0.0  # alarm: so much more of the pixels clipped than of the teacher's; 0: not asked
     c.watch.patience = 2  # times in a row that make an alarm

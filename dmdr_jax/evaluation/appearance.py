@@ -22,10 +22,23 @@ def appearance(image: np.ndarray) -> dict[str, float]:
       clipped: share of the pixels with a channel at 0 or 255.
     """
     clipped = ((image == 0) | (image == 255)).any(-1).mean()
-    step = max(1, round(max(image.shape[:2]) / SIDE))
-    pixels = image[::step, ::step].astype(np.float32) / 255
+    pixels = _thinned(image)
     lab = oklab(pixels)
     high, low = pixels.max(-1), pixels.min(-1)
     saturation = np.where(high > 0, (high - low) / np.maximum(high, 1e-6), 0.0)
     values = (chroma(lab).mean(), saturation.mean(), lab[..., 0].std(), clipped)
     return {name: float(value) for name, value in zip(MEASURES, values)}
+
+
+def mean_colour(image: np.ndarray) -> np.ndarray:
+    """OKLab colour ``[3]`` of a picture, uint8 ``[h, w, 3]``, seen from afar.
+
+    How far the images of one prompt lie apart in it is their palette: rewards often settle on one background and one
+    light, whatever the picture shows, which features of its content do not notice.
+    """
+    return oklab(_thinned(image)).reshape(-1, 3).mean(0)
+
+
+def _thinned(image: np.ndarray) -> np.ndarray:
+    step = max(1, round(max(image.shape[:2]) / SIDE))
+    return image[::step, ::step].astype(np.float32) / 255

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmdr_jax.evaluation.appearance import MEASURES, appearance
+from dmdr_jax.evaluation.appearance import MEASURES, appearance, mean_colour
 from dmdr_jax.evaluation.images import to_uint8
 from dmdr_jax.evaluation.overoptimisation import HELD_OUT, TRAINED, Observation
 from dmdr_jax.rewards.base import Reward
@@ -25,7 +25,12 @@ PREFIX = "watch/"
 """How the names of the metrics begin."""
 
 Z_TRAINED, Z_HELD_OUT, GAP = "watch/z_trained", "watch/z_held_out", "watch/reward_gap"
-DIVERSITY, CHROMA, CLIPPED = "watch/diversity_share", "watch/chroma_share", "watch/clipped_more"
+SHARES = ("diversity", "palette", "chroma", "saturation", "contrast")
+"""What is compared with the teacher's as a share of it."""
+LOOKS = (*MEASURES, "diversity", "palette")
+"""What is measured whatever the rewards are."""
+DIVERSITY, PALETTE = "watch/diversity_share", "watch/palette_share"
+CHROMA, CLIPPED = "watch/chroma_share", "watch/clipped_more"
 
 
 def apart(reward: Reward, on_host: bool = False) -> Reward:
@@ -50,18 +55,21 @@ def measure(
     """Everything that is measured of images ``[n, h, w, 3]`` in [0, 1]; the images of one prompt are neighbours.
 
     Returns:
-      ``reward/NAME``, ``judge/NAME`` and the `MEASURES` of appearance, ``[n]`` each; and ``diversity``, one number.
+      ``reward/NAME``, ``judge/NAME`` and the `MEASURES` of appearance, ``[n]`` each; and ``diversity`` and
+      ``palette``, one number each: how far the images of a prompt lie apart in what they show and in their colour.
     """
     found: dict[str, np.ndarray] = {}
     for prefix, rewards in ((TRAINED, trained), (HELD_OUT, held_out)):
         for reward in rewards:
             scores = reward.score_prompts(images, prompts, BATCH)
             found[prefix + reward.spec.name] = np.asarray(scores, np.float64)
-    looks = [appearance(image) for image in to_uint8(images)]
+    pictures = to_uint8(images)
+    looks = [appearance(picture) for picture in pictures]
     found |= {name: np.array([look[name] for look in looks]) for name in MEASURES}
     towers = [reward for reward in (*held_out, *trained) if isinstance(reward, ClipReward)]
     features = clip_features(towers[0], images) if towers else frechet_features(images)
-    return found | {"diversity": np.array(spread(features, prompts))}
+    colours = np.stack([mean_colour(picture) for picture in pictures])
+    return found | {"diversity": np.array(spread(features, prompts)), "palette": np.array(spread(colours, prompts))}
 
 
 def clip_features(reward: ClipReward, images: np.ndarray) -> np.ndarray:
@@ -98,7 +106,7 @@ def compare(student: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray]
             found[key] = float(np.mean(z))
     if Z_TRAINED in found and Z_HELD_OUT in found:
         found[GAP] = found[Z_TRAINED] - found[Z_HELD_OUT]
-    for name in ("diversity", "chroma", "saturation", "contrast"):
+    for name in SHARES:
         of_teacher = float(np.mean(teacher[name]))
         if of_teacher > 0:
             found[f"{PREFIX}{name}_share"] = found[PREFIX + name] / of_teacher
@@ -112,7 +120,8 @@ def _z(values: np.ndarray, teacher: np.ndarray) -> float:
 
 def observation(step: int, metrics: Mapping[str, Any]) -> Observation:
     """What the alarm's rule reads of a run's metrics at one step."""
-    keys = {"trained": Z_TRAINED, "held_out": Z_HELD_OUT, "diversity": DIVERSITY, "chroma": CHROMA, "clipped": CLIPPED}
+    keys = {"trained": Z_TRAINED, "held_out": Z_HELD_OUT, "diversity": DIVERSITY, "palette": PALETTE}
+    keys |= {"chroma": CHROMA, "clipped": CLIPPED}
     return Observation(step, **{name: metrics.get(key) for name, key in keys.items()})
 
 

@@ -51,7 +51,7 @@ class Thresholds:
     Attributes:
       fall: in z-units, of the held-out rewards below their best so far.
       gap: in z-units, by which the gap is wider than it was at that best.
-      diversity: share of the teacher's below which diversity counts as lost.
+      diversity: share of the teacher's below which diversity, of content or of colour, counts as lost.
       chroma: times the teacher's, above which images count as gaudy; 0: not watched.
       clipped: share of clipped pixels above the teacher's that counts as too much; 0: not watched.
       patience: measurements in a row that must be beyond a threshold.
@@ -71,7 +71,7 @@ class Observation:
 
     Attributes:
       trained, held_out: mean z of the two kinds of rewards.
-      diversity, chroma: as a share of the teacher's.
+      diversity, palette, chroma: as a share of the teacher's.
       clipped: share of clipped pixels, the teacher's taken off.
     """
 
@@ -79,6 +79,7 @@ class Observation:
     trained: float | None = None
     held_out: float | None = None
     diversity: float | None = None
+    palette: float | None = None
     chroma: float | None = None
     clipped: float | None = None
 
@@ -173,6 +174,8 @@ def _lost(seen: Observation, thresholds: Thresholds) -> list[str]:
     reasons = []
     if seen.diversity is not None and seen.diversity < thresholds.diversity:
         reasons.append(f"diversity is down to {seen.diversity:.2f} of the teacher's")
+    if seen.palette is not None and seen.palette < thresholds.diversity:
+        reasons.append(f"the spread of colours is down to {seen.palette:.2f} of the teacher's")
     if thresholds.chroma and seen.chroma is not None and seen.chroma > thresholds.chroma:
         reasons.append(f"chroma is {seen.chroma:.2f} times the teacher's")
     if thresholds.clipped and seen.clipped is not None and seen.clipped > thresholds.clipped:

@@ -18,7 +18,7 @@ CANARY = "canary_"  # how the names of their grids begin
 CURVES = {
     "Rewards of the canaries, z": {Z_TRAINED: "trained", Z_HELD_OUT: "held out"},
     "Share of the teacher's": {
-        f"{PREFIX}{name}_share": name for name in ("diversity", "chroma", "saturation", "contrast")
+        f"{PREFIX}{name}_share": name for name in ("diversity", "palette", "chroma", "saturation", "contrast")
     },
     "Clipped pixels beyond the teacher's": {f"{PREFIX}clipped_more": "clipped"},
 }

@@ -85,7 +85,8 @@ class Watch:
         source = load_prompts(settings.prompts) if settings.prompts else prompts
         drawing = preview.of(spread(source, settings)) if every else preview
         names = [r.spec.path for r in (*rewards, *held_out)]
-        known_as = key_of(drawing.prompts, str(drawing.teacher_recipe), names, config.model, list(drawing.noise.shape))
+        asked = [*names, *canaries.LOOKS, config.model]
+        known_as = key_of(drawing.prompts, str(drawing.teacher_recipe), asked, list(drawing.noise.shape))
         trained, judges = list(map(canaries.apart, rewards)), list(held_out)
         thresholds = Thresholds(**{f.name: settings[f.name] for f in dataclasses.fields(Thresholds)})
         workdir = preview.folder.parent

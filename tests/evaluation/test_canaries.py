@@ -31,7 +31,7 @@ def pictures(*values):
 def test_every_measure_of_every_image(rewards):
     images = pictures((1, 0, 0), (0.5, 0.5, 0.5), (0.2, 0.4, 0.6), (0.1, 0.1, 0.1))
     found = canaries.measure(images, PROMPTS, rewards[:1], rewards[1:])
-    assert set(found) == {"reward/red", "judge/dark", *MEASURES, "diversity"}
+    assert set(found) == {"reward/red", "judge/dark", *MEASURES, "diversity", "palette"}
     np.testing.assert_allclose(found["reward/red"], [1, 0.5, 0.2, 0.1], atol=1e-6)
     np.testing.assert_allclose(found["judge/dark"], [-1 / 3, -0.5, -0.4, -0.1], atol=1e-6)
     assert found["clipped"].tolist() == [1, 0, 0, 0] and found["saturation"].tolist()[:2] == [1, 0]
@@ -40,11 +40,17 @@ def test_every_measure_of_every_image(rewards):
 
 
 def test_metrics_are_means_and_comparisons_with_the_teacher():
-    looks = {"chroma": np.array([0.1, 0.3]), "saturation": np.ones(2), "contrast": np.zeros(2)}
+    looks = {
+        "chroma": np.array([0.1, 0.3]),
+        "saturation": np.ones(2),
+        "contrast": np.zeros(2),
+        "palette": np.array(0.5),
+    }
     teacher = {"reward/a": np.array([0.0, 2.0]), "judge/b": np.array([1.0, 5.0]), "judge/flat": np.ones(2)}
     teacher |= looks | {"clipped": np.array([0.0, 0.2]), "diversity": np.array(2.0)}
     student = {"reward/a": np.array([3.0, 5.0]), "judge/b": np.array([1.0, 1.0]), "judge/flat": np.ones(2)}
     student |= looks | {"chroma": np.array([0.3, 0.3]), "clipped": np.full(2, 0.5), "diversity": np.array(1.0)}
+    student["palette"] = np.array(0.1)
     found = canaries.compare(student, teacher)
     assert found["watch/z_trained"] == 3 and found["watch/z_held_out"] == -1 and found["watch/reward_gap"] == 4
     assert found["watch/reward/a"] == 4 and found["watch/judge/flat"] == 1
@@ -52,9 +58,28 @@ def test_metrics_are_means_and_comparisons_with_the_teacher():
     assert found["watch/clipped_more"] == pytest.approx(0.4)
     assert "watch/contrast_share" not in found  # the teacher has none to compare with
     seen = canaries.observation(7, found)
-    assert (seen.step, seen.gap, seen.diversity, seen.chroma) == (7, 4, 0.5, pytest.approx(1.5))
+    assert (seen.step, seen.gap, seen.diversity, seen.palette) == (7, 4, 0.5, pytest.approx(0.2))
+    assert seen.chroma == pytest.approx(1.5)
     itself = canaries.compare(teacher, teacher)
     assert itself["watch/reward_gap"] == 0 and itself["watch/diversity_share"] == 1
+
+
+def test_one_background_for_all_is_a_lost_palette(tmp_path):
+    """Backgrounds fill most of a picture and say nothing of the prompt."""
+    rng = np.random.default_rng(0)
+    objects = rng.random((8, 3, 3, 3))
+    images = np.repeat(np.linspace(0, 1, 8), 16 * 16 * 3).reshape(8, 16, 16, 3)
+    images[:, 4:7, 4:7] = objects
+    alike = np.full_like(images, 0.5)
+    alike[:, 4:7, 4:7] = objects
+    prompts = ["a"] * 4 + ["b"] * 4
+    varied, settled = (canaries.measure(x, prompts, (), ())["palette"] for x in (images, alike))
+    assert settled < 0.1 * varied
+    lightness = np.linspace(0, 1, 3)[:, None, None, None] * np.ones((1, 4, 4, 3))  # greys: OKLab L is the cube root
+    found = canaries.measure(lightness, ["a"] * 3, (), ())["palette"]
+    linear = lambda v: ((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92
+    middle = np.cbrt(linear(round(0.5 * 255) / 255))
+    assert found == pytest.approx((middle + 1.0 + (1 - middle)) / 3, abs=1e-3)
 
 
 def test_spread_is_the_mean_distance_within_a_prompt():

@@ -71,6 +71,11 @@ def test_lost_diversity_is_an_alarm_of_its_own():
     assert found == Alarm(300, 100, "diversity is down to 0.40 of the teacher's.")
 
 
+def test_lost_colours_are_an_alarm_of_their_own():
+    run = [Observation(i, 0.1 * i, 0.1 * i, 1.0, share) for i, share in enumerate((0.8, 1.0, 0.6, 0.3))]
+    assert find_alarm(run) == Alarm(3, 1, "the spread of colours is down to 0.30 of the teacher's.")
+
+
 def test_thresholds_are_settings():
     run = history([0, 1, 2], [0, 0.2, -0.3])
     assert find_alarm(run, Thresholds(patience=1)).step == 200
