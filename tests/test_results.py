@@ -144,6 +144,20 @@ def test_when_a_measure_fell():
     assert tables.first_fall([0.5, 0.7], [0.2] * 2, -1) is None
 
 
+def test_the_alarm_stands_above_what_fell():
+    along = {"steps": [50], "strict": [[0.5, 0.1, 0.0, 0.1]]}
+    alarm = {"step": 150, "best": 50, "reason": "diversity."}
+    watches = [None, {"step": 200, "alarm": None}, {"step": 50, "alarm": alarm}]
+    seeds = [{"seed": i, "along": along, "watch": watch} for i, watch in enumerate(watches)]
+    row = Row("a", model="m")
+    [head, _, first, *_] = tables.monitor_table([tables.Line(row, seeds)]).splitlines()
+    assert head.split("|")[2].strip() == "a" and [cell.strip() for cell in first.split("|")[1:3]] == [
+        "alarm while it trained",
+        f"{tables.MISSING}, never, 150",
+    ]
+    assert "alarm" not in tables.monitor_table([tables.Line(row, seeds[:1])])
+
+
 FIGURES = (
     Bars(("strict", "background_entropy")),
     Curves(("strict",), x="flops"),

@@ -145,7 +145,8 @@ def test_a_sweep_runs_everything_once(config, programs, tmp_path):
     assert (record["seed"], record["after"], record["overrides"]) == (1, "a@4", {"steps": 9, "lr": 2.0})
     assert record["settings"]["seed"] == 1 and record["settings"]["lr"] == 2.0
     assert record["cost"]["updates"] == 9 and record["cost"]["flops_training"] == 5e12
-    assert record["commands"]["train"].startswith(f"python {PROGRAMS} train --config={config} --workdir=")
+    train = f"python {PROGRAMS} train --config={config} --workdir=runs/toy/b/seed1/run "
+    assert record["commands"]["train"].startswith(train) and str(tmp_path / "out") not in json.dumps(record["commands"])
     assert record["along"]["steps"] == [6, 8]
     assert record["along"]["strict"][0] == [0.25, 0.1, -0.5, 0.1]
     assert records.values_of(record["images"], "strict").tolist() == [(i + 1) % 3 == 0 for i in range(8)]

@@ -28,7 +28,7 @@ from dmdr_jax.experiments.spec import TEACHER, Experiment, Row, arguments_of, ke
 
 RUN, EVALUATION, ALONG = "run", "evaluation", "along"
 JOB_FILE, LOG_FILE, LOCK_FILE, COST_FILE = "job.json", "log.txt", "lock", "cost.json"
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"  # of a training run's workdir
+CHECKPOINTS, METRICS, BEST = "checkpoints", "metrics.jsonl", "best.json"  # of a training run's workdir
 
 TRAIN, COST, EVALUATE, EVALUATE_ALONG = "train", "cost", "evaluate", "evaluate along"
 

@@ -8,6 +8,7 @@ that differ from `configs/base.py`, commands), where (versions, commit, processo
     images       the measures that rows are compared by, image by image: verdicts as a string of 0 and 1, scores in
                  thousandths; ``units`` tells which images share a prompt, ``prompts`` is a checksum of what was asked
     curves       the run's metrics, each point the mean of its neighbours
+    watch        the run's best.json: the step to keep, and its alarm where there was one
     along        evaluations of the checkpoints: by key [number, standard error, difference from the teacher, its error]
 """
 
@@ -26,6 +27,7 @@ from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments.jobs import (
     ALONG,
+    BEST,
     COST,
     EVALUATE,
     EVALUATION,
@@ -116,7 +118,7 @@ def make_record(job: Job) -> Record:
         "after": job.row.after,
         "overrides": plain(dict(job.row.overrides)),
         "settings": settings_of(job),
-        "commands": {step.name: shown(step) for step in job.steps()},
+        "commands": {step.name: anywhere(shown(step), job) for step in job.steps()},
         "environment": results["environment"],
         "cost": cost_of(job),
         "evaluation": {key: results["settings"].get(key) for key in ("world", "per_tag", "per_prompt", "seed")},
@@ -127,6 +129,7 @@ def make_record(job: Job) -> Record:
     }
     if job.row.config:
         record["curves"] = thin_curves(_metrics(job.folder / RUN / METRICS))
+        record["watch"] = read_json(job.folder / RUN / BEST)
     if (job.folder / ALONG / "results.json").is_file() and job.experiment.along is not None and job.row.config:
         record["along"] = along_of(_results(job.folder / ALONG))
     return record
@@ -135,6 +138,11 @@ def make_record(job: Job) -> Record:
 def shown(step: Step) -> str:
     """A command as a reader types it."""
     return shlex.join(["python", *step.command[1:]])
+
+
+def anywhere(command: str, job: Job) -> str:
+    """The command with the folder of the documented sweep in the place of this one's."""
+    return command.replace(str(job.out), f"runs/{job.experiment.name}")
 
 
 def _results(folder: Path) -> dict[str, Any]:

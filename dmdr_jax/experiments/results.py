@@ -100,8 +100,8 @@ PAIR_CAPTION = (
     "leaves out 0."
 )
 MONITOR_CAPTION = (
-    "The first checkpoint from which on a measure stays worse than its best by more than two standard errors, for each "
-    "seed."
+    "For each seed the step at which the run's own watch raised its alarm, and the first checkpoint from which on a "
+    "measure stays worse than its best by more than two standard errors."
 )
 COST_CAPTION = (
     "Training counts everything that led to the model, a cold start shared with other rows included. Operations are "

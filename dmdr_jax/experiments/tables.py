@@ -197,7 +197,7 @@ def _scaled(value: float | None, factor: float) -> str:
 
 
 def monitor_table(lines: Sequence[Line]) -> str:
-    """For each row evaluated along training: when each measure fell from its best for good, seed by seed."""
+    """For each row evaluated along training: when its own watch raised the alarm, and each measure fell for good."""
     watched = [line for line in lines if line.first("along")]
     keys = [key for key in MONITORS if any(key in line.first("along") for line in watched)]
     if not keys:
@@ -206,7 +206,16 @@ def monitor_table(lines: Sequence[Line]) -> str:
         [column_of(key).title, *(", ".join(_fall(record, key) for record in line.records) for line in watched)]
         for key in keys
     ]
+    if any(record.get("watch") for line in watched for record in line.records):
+        body.insert(0, ["alarm while it trained", *(", ".join(map(_alarm, line.records)) for line in watched)])
     return markdown_table(["worse for good from step", *(line.row.name for line in watched)], body)
+
+
+def _alarm(record: Record) -> str:
+    watch = record.get("watch")
+    if not watch:
+        return MISSING
+    return "never" if watch["alarm"] is None else str(watch["alarm"]["step"])
 
 
 def _fall(record: Record, key: str) -> str:
