@@ -47,7 +47,14 @@ def test_no_configuration_is_forgotten():
     assert runs == {spec.partition(":")[0] for spec in FULL_SIZE + SHAPES}
 
 
-@pytest.mark.parametrize("spec", FULL_SIZE + SHAPES)
+def _heavy(spec: str) -> bool:
+    """SDXL's U-Net takes half a minute to trace; `configs/sdxl.py` and `configs/sdxl_1step.py` stand for its others."""
+    return spec.startswith("configs/paper/sdxl")
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(spec, marks=[pytest.mark.slow] * _heavy(spec)) for spec in FULL_SIZE + SHAPES]
+)
 def test_the_train_step_of_every_configuration_builds(spec):
     config = cli.load_config(spec)
     with config.unlocked():

@@ -84,18 +84,17 @@ def compare_teacher(folder, prompts_file, tmp_path, guidance, negative):
     assert theirs.std() > 0.05
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=[("lora", "ode"), ("full", "renoise")], ids="-".join)
 def trained(request, folder, prompts_file, tmp_path_factory):
-    """Two runs' workdirs (by kernel) for a generator kind; a few updates at a high rate, so that it moved."""
-    runs = {}
-    for kernel in ("renoise", "ode"):
-        settings = dict(generator__kind=request.param, student__simulation=kernel, steps=2, height=16, width=24)
-        if "sdxl" in str(folder):
-            settings |= dict(student__shift=1.0, generator__lora__targets="wide")
-        config = tiny.config(folder, prompts_file, **settings, optim__generator__lr=3e-2, ema=0.0)
-        runs[kernel] = tmp_path_factory.mktemp("runs") / kernel
-        train(config, runs[kernel])
-    return request.param, runs
+    """Kind, kernel and workdir of a run; a few updates at a high rate, so that the generator moved."""
+    kind, kernel = request.param
+    settings = dict(generator__kind=kind, student__simulation=kernel, steps=2, height=16, width=24)
+    if "sdxl" in str(folder):
+        settings |= dict(student__shift=1.0, generator__lora__targets="wide")
+    config = tiny.config(folder, prompts_file, **settings, optim__generator__lr=3e-2, ema=0.0)
+    run = tmp_path_factory.mktemp("runs") / kernel
+    train(config, run)
+    return kind, kernel, run
 
 
 def diffusers_call(text):
@@ -126,16 +125,15 @@ def our_noises(latents, steps=4):
     return [np.ascontiguousarray(d.transpose(0, 3, 1, 2)) for d in draws]
 
 
-@pytest.mark.parametrize("kernel", ["renoise", "ode"])
-def test_the_exported_folder_draws_exactly_our_student(trained, kernel, prompts_file, tmp_path, capsys):
-    _, runs = trained
+def test_the_exported_folder_draws_exactly_our_student(trained, prompts_file, tmp_path, capsys):
+    _, kernel, run = trained
     out = tmp_path / "student"
-    args = ["--checkpoint", runs[kernel], "--out", out, "--dtype", "float32"]
+    args = ["--checkpoint", run, "--out", out, "--dtype", "float32"]
     export.main(export.parser().parse_args([str(a) for a in args]))
     text = capsys.readouterr().out
     pipe = tiny_pipelines.load(out)
     latents = latents_like(pipe)
-    ours = run_sample(tmp_path / "ours", runs[kernel], prompts_file, latents, tmp_path)
+    ours = run_sample(tmp_path / "ours", run, prompts_file, latents, tmp_path)
     again = run_sample(tmp_path / "again", out, prompts_file, latents, tmp_path)
     theirs = draw_documented(pipe, text, latents, our_noises(latents) if kernel == "renoise" else None)
     if pipe.scheduler.config._class_name == "FlowMatchEulerDiscreteScheduler":
@@ -150,9 +148,9 @@ def test_the_exported_folder_draws_exactly_our_student(trained, kernel, prompts_
 
 
 def test_the_exported_lora_draws_exactly_our_student(trained, folder, prompts_file, tmp_path, capsys):
-    kind, runs = trained
+    kind, _, run = trained
     file = tmp_path / "student.safetensors"
-    args = export.parser().parse_args(["--checkpoint", str(runs["ode"]), "--out", str(file), "--lora"])
+    args = export.parser().parse_args(["--checkpoint", str(run), "--out", str(file), "--lora"])
     if kind == "full":
         with pytest.raises(UserError, match="without --lora"):
             export.main(args)
@@ -166,14 +164,14 @@ def test_the_exported_lora_draws_exactly_our_student(trained, folder, prompts_fi
     lines = ("pipe.load", "pipe.scheduler", "from diffusers")
     exec("\n".join(line for line in text.splitlines() if line.startswith(lines)), scope)
     theirs = draw_documented(pipe, text, latents)
-    ours = run_sample(tmp_path / "ours", runs["ode"], prompts_file, latents, tmp_path)
+    ours = run_sample(tmp_path / "ours", run, prompts_file, latents, tmp_path)
     assert np.abs(ours - theirs).max() < 1e-3
     assert np.abs(before - theirs).max() > 1e-2  # the LoRA did something
     grid = {"sd3": "1000,900,750,500", "sdxl": "999,749,499,249"}[Path(folder).name]
     options = ["--lora", file, "--timesteps", grid, "--guidance", 1, "--kernel", "ode"]
     again = run_sample(tmp_path / "again", folder, prompts_file, latents, tmp_path, *options)
     assert np.abs(again - theirs).max() < 1e-3
-    check_start(runs["ode"], folder, prompts_file, file)
+    check_start(run, folder, prompts_file, file)
 
 
 def check_start(run, folder, prompts_file, file):
@@ -207,11 +205,11 @@ def make_cond(pipeline):
 
 
 def test_export_refuses_what_is_there_and_kernels_diffusers_lacks(trained, tmp_path):
-    _, runs = trained
+    _, _, run = trained
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     with pytest.raises(UserError, match="taken"):
-        export.main(export.parser().parse_args(["--checkpoint", str(runs["ode"]), "--out", str(tmp_path / "taken")]))
+        export.main(export.parser().parse_args(["--checkpoint", str(run), "--out", str(tmp_path / "taken")]))
     assert (tmp_path / "taken" / "file").read_text() == "mine"
 
 

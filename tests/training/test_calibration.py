@@ -1,21 +1,24 @@
 """Rewards in the teacher's units: measured once, kept, and the same for a run that goes on."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import base
 from dmdr_jax.data.prompts import load_prompts
 from dmdr_jax.errors import UserError
-from dmdr_jax.training import calibration, loop
+from dmdr_jax.training import calibration, loop, setup
+from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import read_metrics
 from tests.training import tiny
 
 
 @pytest.fixture
 def config(teacher, prompts_file, reward_folder):
-    c = tiny.config(teacher, prompts_file, steps=2, fake__updates=1, calibration=4)
+    c = tiny.config(teacher, prompts_file, steps=1, fake__updates=1, calibration=4)
     with c.unlocked():
         c.rewards.clip = base.reward(str(reward_folder), weight=0.3)
         c.rewards.clip.update(units="z", margin=100.0)
@@ -23,9 +26,16 @@ def config(teacher, prompts_file, reward_folder):
     return c
 
 
-def test_what_is_trained_on_is_the_teachers_z_score(config, tmp_path):
-    with config.unlocked():
-        config.steps, config.checkpoint.every = 1, 1
+def calibrate(config, workdir):
+    """What a run does before its first step; the rewards' specs."""
+    layout = Layout.make(-1, 1)
+    pipeline, rewards = setup.load_teacher(config, layout), setup.load_rewards(config)
+    prompts = load_prompts(config.prompts)
+    found = calibration.in_teacher_units(config, pipeline, rewards, prompts, layout, epath.Path(workdir))
+    return [reward.spec for reward in found]
+
+
+def test_what_is_trained_on_is_the_teachers_z_score(config, tmp_path, monkeypatch):
     loop.train(config, tmp_path)
     document = json.loads((tmp_path / calibration.FILE).read_text())
     scores = np.array(document["scores"]["clip"])
@@ -36,43 +46,45 @@ def test_what_is_trained_on_is_the_teachers_z_score(config, tmp_path):
     z = (row["reward/clip"] - scores.mean()) / scores.std(ddof=1)
     assert row["reward/loss"] == pytest.approx(0.3 * (100.0 - z), rel=1e-5)
 
-
-def test_a_run_that_goes_on_counts_as_it_did(config, tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    loop.train(config, whole)
-    with config.copy_and_resolve_references().unlocked() as first:
-        first.steps, first.checkpoint.every = 1, 1
-    loop.train(first, parts)
     monkeypatch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured again"))
-    loop.train(config, parts)
-    assert [row["reward/loss"] for row in read_metrics(whole)] == [row["reward/loss"] for row in read_metrics(parts)]
+    [spec] = calibrate(config, tmp_path)  # of a run that goes on
+    assert (spec.mean, spec.std) == (scores.mean(), scores.std(ddof=1))
 
 
 def test_numbers_that_are_given_are_not_measured(config, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured"))
     config.rewards.clip.update(mean=0.1, std=0.05)
-    loop.train(config, tmp_path)
-    row = read_metrics(tmp_path)[0]
-    assert row["reward/clip/beyond_margin"] in (0, 1) and not (tmp_path / calibration.FILE).exists()
+    [spec] = calibrate(config, tmp_path)
+    assert (spec.mean, spec.std) == (0.1, 0.05) and not (tmp_path / calibration.FILE).exists()
+    config.rewards.clip.update(units="raw", std=0.0)
+    assert calibrate(config, tmp_path)[0].units == "raw"
+
+
+def test_other_questions_are_measured_anew(config, tmp_path, monkeypatch):
+    asked = []
+
+    def measure(drawing, rewards, file, known_as):
+        asked.append((drawing.prompts, known_as))
+        file.write_text(json.dumps({"known_as": known_as, "scores": {"clip": [1.0, 3.0]}}))
+        return {"clip": [1.0, 3.0]}
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    first, again = calibrate(config, tmp_path), calibrate(config, tmp_path)
+    assert first == again and len(asked) == 1
+    assert dataclasses.replace(first[0], mean=0.0, std=0.0) == setup.load_rewards(config)[0].spec
+    prompts = load_prompts(config.prompts)
+    assert asked[0][0] == [prompts[i * len(prompts) // 4] for i in range(4)]  # spread over the source
+    config.rewards.clip.prompt_prefix = "a photo of "
+    calibrate(config, tmp_path)
+    config.calibration = 2
+    calibrate(config, tmp_path)
+    assert len({known_as for _, known_as in asked}) == 3
 
 
 def test_a_reward_that_tells_no_images_apart_is_refused(config, tmp_path):
     (tmp_path / "flat.py").write_text("def score(images, prompts):\n    return 0.0 * images.mean((1, 2, 3))\n")
     config.rewards.clip.update(path=f"{tmp_path / 'flat.py'}:score", kind="python")
     with pytest.raises(UserError, match="'clip' cannot be calibrated"):
-        loop.train(config, tmp_path / "run")
-
-
-def test_prompts_are_spread_and_every_image_has_noise_of_its_own(config, tmp_path, monkeypatch):
-    seen = {}
-
-    def look(drawing, *rest):
-        seen["prompts"], seen["images"] = drawing.prompts, drawing.draw_teacher()
-        return real(drawing, *rest)
-
-    real = calibration._measure
-    monkeypatch.setattr(calibration, "_measure", look)
-    loop.train(config, tmp_path)
-    prompts = load_prompts(config.prompts)
-    assert seen["prompts"] == [prompts[i * len(prompts) // 4] for i in range(4)]
-    assert len({image.tobytes() for image in seen["images"]}) == 4
+        calibrate(config, tmp_path / "run")
+    scores = json.loads((tmp_path / "run" / calibration.FILE).read_text())["scores"]["clip"]
+    assert scores == [0.0] * 4

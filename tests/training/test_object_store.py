@@ -116,6 +116,7 @@ def test_a_save_that_was_killed_does_not_count(store):
     assert_same(load_trained(RUN, ("key",))[0]["key"], np.asarray(make_state(2).key))
 
 
+@pytest.mark.slow
 def test_a_whole_run(store, teacher, prompts_file, tmp_path):
     """In the store as on a disk, and resumed there."""
     config = tiny.config(teacher, prompts_file)
