@@ -41,6 +41,11 @@ def not_blank(prompts: Sequence[str], spec: str) -> list[str]:
     return kept
 
 
+def evenly(prompts: Sequence[str], count: int) -> list[str]:
+    """As many prompts as asked for, from all over the source; some twice where there are fewer."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
 def all_prompts(spec: str) -> list[str]:
     """As `load_prompts`, with "" for what is blank, and nothing for an empty source: what `survey` counts."""
     spec = str(spec)

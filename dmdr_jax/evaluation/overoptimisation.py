@@ -117,8 +117,7 @@ def find_alarm(history: Sequence[Observation], thresholds: Thresholds = Threshol
     """
     since: int | None = None
     for i, seen in enumerate(history):
-        best = _best_judged(history[: i + 1])
-        reasons = [*_fallen_behind(seen, best, thresholds), *_lost(seen, thresholds)]
+        reasons = _faults(history[: i + 1], thresholds)
         if not reasons:
             since = None
             continue
@@ -133,12 +132,14 @@ def best_step(history: Sequence[Observation], thresholds: Thresholds = Threshold
     alarm = find_alarm(history, thresholds)
     if alarm is not None:
         return alarm.best
-    faultless = [
-        seen.step
-        for i, seen in enumerate(history)
-        if not (_fallen_behind(seen, _best_judged(history[: i + 1]), thresholds) or _lost(seen, thresholds))
-    ]
+    faultless = [seen.step for i, seen in enumerate(history) if not _faults(history[: i + 1], thresholds)]
     return faultless[-1] if faultless else None
+
+
+def _faults(history: Sequence[Observation], thresholds: Thresholds) -> list[str]:
+    """What is wrong at the last observation."""
+    seen = history[-1]
+    return [*_fallen_behind(seen, _best_judged(history), thresholds), *_lost(seen, thresholds)]
 
 
 def _before(history: Sequence[Observation], since: int, thresholds: Thresholds) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from dmdr_jax.evaluation.canaries import PREFIX, Z_HELD_OUT, Z_TRAINED
+from dmdr_jax.evaluation.canaries import PREFIX, SHARES, Z_HELD_OUT, Z_TRAINED
 from dmdr_jax.evaluation.curves import Series, line_chart, series_of
 from dmdr_jax.evaluation.pictures import strip
 from dmdr_jax.evaluation.runs import Run
@@ -17,9 +17,7 @@ BEST_FILE = "best.json"  # of a workdir, see `dmdr_jax.training.watch`
 CANARY = "canary_"  # how the names of their grids begin
 CURVES = {
     "Rewards of the canaries, z": {Z_TRAINED: "trained", Z_HELD_OUT: "held out"},
-    "Share of the teacher's": {
-        f"{PREFIX}{name}_share": name for name in ("diversity", "palette", "chroma", "saturation", "contrast")
-    },
+    "Share of the teacher's": {f"{PREFIX}{name}_share": name for name in SHARES},
     "Clipped pixels beyond the teacher's": {f"{PREFIX}clipped_more": "clipped"},
 }
 

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.models.placement import BATCH_AXES
 from dmdr_jax.models.remat import ATTENTION_NAME, name_attention
 
 Array = jax.Array
 
 KERNELS = ("auto", "plain", "splash", "cudnn")
-BATCH_AXES = ("data", "fsdp")
-"""Mesh axes that split the batch."""
 
 _LANES = 128
 # Above these a block no longer fits the vector memory of a core (compiled for 64-wide heads, forward and backward).

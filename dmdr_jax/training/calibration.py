@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dmdr_jax.diffusers_io.pipeline import Pipeline
+from dmdr_jax.data.prompts import evenly
 from dmdr_jax.evaluation.canaries import BATCH, apart
 from dmdr_jax.evaluation.journal import key_of
 from dmdr_jax.rewards.base import Reward, calibrated
-from dmdr_jax.training import disk, runtime, setup
-from dmdr_jax.training.layout import Layout
+from dmdr_jax.training import disk, runtime
 from dmdr_jax.training.metrics import Progress
 from dmdr_jax.training.preview import Preview
 
@@ -25,28 +24,25 @@ FILE = "calibration.json"
 
 
 def in_teacher_units(
-    config: Any,
-    pipeline: Pipeline,
-    rewards: Sequence[Reward],
-    prompts: Sequence[str],
-    layout: Layout,
-    workdir: epath.Path,
+    config: Any, preview: Preview, prompts: Sequence[str], rewards: tuple[Reward, ...]
 ) -> tuple[Reward, ...]:
     """The rewards, each with the teacher's mean and standard deviation where it is counted in them; all processes call.
+
+    Args:
+      preview: how the run draws.
+      prompts: of training, of which some are answered.
 
     Raises:
       UserError: all of the teacher's images have the same score.
     """
     unknown = [reward for reward in rewards if reward.spec.units == "z" and not reward.spec.std]
     if not unknown:
-        return tuple(rewards)
-    count = min(config.calibration, len(prompts))
-    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
-    drawing = Preview.make(config, pipeline, setup.make_plan(config, pipeline, tuple(rewards)), chosen, workdir, layout)
-    drawing = drawing.of(chosen)
+        return rewards
+    drawing = preview.of(evenly(prompts, min(config.calibration, len(prompts))))
     scorers = [[r.spec.name, r.spec.path, r.spec.kind, r.spec.prompt_prefix] for r in unknown]
-    known_as = key_of(chosen, str(drawing.teacher_recipe), scorers, config.model, list(drawing.noise.shape))
-    scores = _recall(workdir / FILE, known_as) or _measure(drawing, unknown, workdir / FILE, known_as)
+    known_as = key_of(drawing.prompts, str(drawing.teacher_recipe), scorers, config.model, list(drawing.noise.shape))
+    file = preview.folder.parent / FILE
+    scores = _recall(file, known_as) or _measure(drawing, unknown, file, known_as)
     return tuple(_counted(reward, scores) for reward in rewards)
 
 

@@ -64,15 +64,17 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     pipeline = setup.load_teacher(config, layout)
     rewards = setup.load_rewards(config)
     held_out = setup.held_out_rewards(config, rewards)
-    make_folder(workdir)
-    rewards = calibration.in_teacher_units(config, pipeline, rewards, prompts, layout, workdir)
     terms = setup.make_terms(config, rewards)
     plan = setup.make_plan(config, pipeline, rewards)
     meta = run_metadata(config, pipeline, plan)
 
+    make_folder(workdir)
     checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
-    frozen = freeze(config, pipeline, plan, rewards, layout)
     preview = Preview.make(config, pipeline, plan, prompts, workdir, layout)
+    if (counted := calibration.in_teacher_units(config, preview, prompts, rewards)) is not rewards:
+        rewards = counted
+        terms, plan = setup.make_terms(config, rewards), setup.make_plan(config, pipeline, rewards)
+    frozen = freeze(config, pipeline, plan, rewards, layout)
     watch = Watch.make(config, preview, prompts, rewards, held_out)
     generator = None
     if config.generator.lora.start and checkpoints.latest() is None:

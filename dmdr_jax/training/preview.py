@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from dmdr_jax.data.prompts import evenly
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.generate import Recipe, draw_images, initial_noise, teacher_recipe
@@ -41,11 +42,10 @@ class Preview:
         cls, config: Any, pipeline: Pipeline, plan: Plan, prompts: list[str], workdir: epath.Path, layout: Layout
     ) -> "Preview":
         count = config.preview.images
-        spread = [prompts[i * len(prompts) // count % len(prompts)] for i in range(count)]
         height, width = (side * pipeline.modules["vae"].config.downsampling for side in plan.latent_shape[:2])
         recipe = teacher_recipe(pipeline, config.preview.teacher_steps, config.guidance.scale, (height, width))
         noise = initial_noise(pipeline, height, width, range(count))
-        return cls(pipeline, plan, spread, noise, recipe, workdir / FOLDER, layout)
+        return cls(pipeline, plan, evenly(prompts, count), noise, recipe, workdir / FOLDER, layout)
 
     def of(self, prompts: list[str]) -> "Preview":
         """The same with other prompts, one image each from noise of its own."""

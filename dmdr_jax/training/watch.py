@@ -15,12 +15,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from dmdr_jax.data.prompts import load_prompts
+from dmdr_jax.data.prompts import evenly, load_prompts
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation import canaries
 from dmdr_jax.evaluation.journal import key_of
@@ -157,8 +156,6 @@ class Watch:
 
     def _measure(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """By the first process; the others get its numbers, so that all decide alike."""
-        if jax.process_count() == 1:
-            return canaries.measure(images, self.drawing.prompts, self.trained, self.held_out)
         found = {}
         if runtime.is_first():
             measured = canaries.measure(images, self.drawing.prompts, self.trained, self.held_out)
@@ -199,8 +196,7 @@ class Watch:
 
 def spread(prompts: Sequence[str], settings: Any) -> list[str]:
     """As many prompts as are asked for, taken evenly, each ``per_prompt`` times in a row."""
-    count = min(settings.count, len(prompts))
-    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    chosen = evenly(prompts, min(settings.count, len(prompts)))
     return [prompt for prompt in chosen for _ in range(settings.per_prompt)]
 
 

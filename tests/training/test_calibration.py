@@ -13,6 +13,7 @@ from dmdr_jax.errors import UserError
 from dmdr_jax.training import calibration, loop, setup
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import read_metrics
+from dmdr_jax.training.preview import Preview
 from tests.training import tiny
 
 
@@ -31,8 +32,9 @@ def calibrate(config, workdir):
     layout = Layout.make(-1, 1)
     pipeline, rewards = setup.load_teacher(config, layout), setup.load_rewards(config)
     prompts = load_prompts(config.prompts)
-    found = calibration.in_teacher_units(config, pipeline, rewards, prompts, layout, epath.Path(workdir))
-    return [reward.spec for reward in found]
+    plan = setup.make_plan(config, pipeline, rewards)
+    preview = Preview.make(config, pipeline, plan, prompts, epath.Path(workdir), layout)
+    return [reward.spec for reward in calibration.in_teacher_units(config, preview, prompts, rewards)]
 
 
 def test_what_is_trained_on_is_the_teachers_z_score(config, tmp_path, monkeypatch):
