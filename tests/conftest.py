@@ -1,8 +1,10 @@
-"""For all tests: one CPU device's worth of threads, no network, and programs that compile quickly."""
+"""For all tests: one CPU device's worth of threads, no network, and programs that compile quickly, and once."""
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -10,8 +12,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests compile many small programs and run each a few times.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile many small programs and run each a few times: without the newer way of writing kernels it takes half as
+# long.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
+def pytest_configure(config):
+    """A folder for compiled programs that the tests' processes share, made and removed by the first of them."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="dmdr_jax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,6 +14,11 @@ from dmdr_jax.rewards.preprocess import Preprocessing
 Array = jax.Array
 
 
+def gathers_layers(reward: Any) -> bool:
+    """Whether a reward gathers its own layers as it computes, so that its parameters may lie in parts."""
+    return isinstance(reward, TowerScorer)
+
+
 class TowerScorer:
     """`score`, `score_prompts` and `score_files` of a reward from its `preprocess` and its `score_pixels`."""
 

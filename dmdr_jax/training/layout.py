@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dmdr_jax.rewards.base import Reward
-from dmdr_jax.rewards.scoring import TowerScorer
+from dmdr_jax.rewards.scoring import gathers_layers
 from dmdr_jax.training import sharding
 from dmdr_jax.training.rules import FROZEN, SPLIT_COMPONENTS, WHOLE
 from dmdr_jax.training.state import TrainState
@@ -80,7 +80,7 @@ class Layout:
 
     def reward_shardings(self, reward: Reward) -> Tree:
         """Where a reward's parameters go: a tower of ours is split where the denoiser is, for it gathers its layers."""
-        split = self.split_base and isinstance(reward, TowerScorer)
+        split = self.split_base and gathers_layers(reward)
         return sharding.parameter_shardings(self.mesh, reward.params, rules=FROZEN if split else WHOLE)
 
     def batch_shardings(self, abstract: Tree) -> Tree:

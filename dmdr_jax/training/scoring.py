@@ -23,7 +23,7 @@ from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.models.placement import BATCH_AXES, FSDP, axis_size, batch_parts, unsplit
 from dmdr_jax.objectives.base import FeatureSets
 from dmdr_jax.rewards.memory import in_microbatches
-from dmdr_jax.rewards.scoring import TowerScorer
+from dmdr_jax.rewards.scoring import gathers_layers
 from dmdr_jax.training.plan import Batch, Frozen, Keys, Plan, Tree
 from dmdr_jax.training.rollouts import realise
 
@@ -166,7 +166,7 @@ def score_images(plan: Plan, frozen: Frozen, x0: Array, batch: Batch) -> tuple[A
     def scored(images: Array, text: Rewards) -> Rewards:
         scores = {}
         for name, reward in names.items():
-            with contextlib.nullcontext() if isinstance(reward, TowerScorer) else unsplit():
+            with contextlib.nullcontext() if gathers_layers(reward) else unsplit():
                 scores[name] = reward.score(frozen.rewards[name], images, text[name])
         return scores
 

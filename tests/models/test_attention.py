@@ -216,7 +216,7 @@ def _program(*arguments, **environment):
 
 
 def test_each_device_attends_to_its_rows_or_queries():
-    errors = _program("mesh", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    errors = _program("mesh", JAX_NUM_CPU_DEVICES="8")
     assert len(errors) == 8
     assert max(errors.values()) < 1e-4, errors
 

@@ -91,6 +91,7 @@ def test_tokens_are_there_before_they_are_needed():
 def cache_settings():
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
     yield
     for name, setting in before.items():
         jax.config.update(name, setting)
