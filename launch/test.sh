@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements-test.txt requirements.txt
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
 "$VENV/bin/ruff" check .
-exec "$VENV/bin/python" -m pytest -n "${DMDR_TEST_WORKERS:-2}" "$@"
+# A file at a time: its tests share what they have compiled.
+exec "$VENV/bin/python" -m pytest -n "${DMDR_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -26,6 +26,14 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+LONG = ("test_notebook.py", "test_processes.py", "test_programs.py", "test_loop.py", "test_sharding.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that workers, each of which takes a file at a time, end together."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
     """After each file, what its tests compiled: a worker would otherwise keep gigabytes of programs to the end."""

@@ -48,8 +48,8 @@ def test_no_configuration_is_forgotten():
 
 
 def _heavy(spec: str) -> bool:
-    """SDXL's U-Net takes half a minute to trace; `configs/sdxl.py` and `configs/sdxl_1step.py` stand for its others."""
-    return spec.startswith("configs/paper/sdxl")
+    """SDXL's U-Net takes half a minute to trace; `configs/sdxl.py` stands for its others."""
+    return "sdxl_1step" in spec and spec not in SHAPES
 
 
 @pytest.mark.parametrize(

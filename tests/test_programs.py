@@ -29,9 +29,14 @@ def test_help_answers_in_under_a_second(program):
     assert not imported & {"jax", "transformers", "torch", "orbax", "diffusers", "scipy"}  # the slow ones
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: tiny_pipelines.save(tmp_path_factory.mktemp("pipe") / name, name) for name in ("sd3", "sdxl")}
+
+
 @pytest.fixture(scope="module", params=["sd3", "sdxl"])
-def folder(request, tmp_path_factory):
-    return tiny_pipelines.save(tmp_path_factory.mktemp("pipe") / request.param, request.param)
+def folder(request, folders):
+    return folders[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +89,20 @@ def compare_teacher(folder, prompts_file, tmp_path, guidance, negative):
     assert theirs.std() > 0.05
 
 
-@pytest.fixture(scope="module", params=[("lora", "ode"), ("full", "renoise")], ids="-".join)
-def trained(request, folder, prompts_file, tmp_path_factory):
-    """Kind, kernel and workdir of a run; a few updates at a high rate, so that the generator moved."""
-    kind, kernel = request.param
+RUNS = ["sd3-lora-ode", "sd3-full-renoise", "sdxl-lora-ode", pytest.param("sdxl-full-renoise", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def trained(request, folders, prompts_file, tmp_path_factory):
+    """Kind, kernel, teacher and workdir of a run; a few updates at a high rate, so that the generator moved."""
+    family, kind, kernel = request.param.split("-")
     settings = dict(generator__kind=kind, student__simulation=kernel, steps=2, height=16, width=24)
-    if "sdxl" in str(folder):
+    if family == "sdxl":
         settings |= dict(student__shift=1.0, generator__lora__targets="wide")
-    config = tiny.config(folder, prompts_file, **settings, optim__generator__lr=3e-2, ema=0.0)
+    config = tiny.config(folders[family], prompts_file, **settings, optim__generator__lr=3e-2, ema=0.0)
     run = tmp_path_factory.mktemp("runs") / kernel
     train(config, run)
-    return kind, kernel, run
+    return kind, kernel, folders[family], run
 
 
 def diffusers_call(text):
@@ -126,7 +134,7 @@ def our_noises(latents, steps=4):
 
 
 def test_the_exported_folder_draws_exactly_our_student(trained, prompts_file, tmp_path, capsys):
-    _, kernel, run = trained
+    _, kernel, _, run = trained
     out = tmp_path / "student"
     args = ["--checkpoint", run, "--out", out, "--dtype", "float32"]
     export.main(export.parser().parse_args([str(a) for a in args]))
@@ -147,8 +155,8 @@ def test_the_exported_folder_draws_exactly_our_student(trained, prompts_file, tm
     assert teacher.shape == ours.shape
 
 
-def test_the_exported_lora_draws_exactly_our_student(trained, folder, prompts_file, tmp_path, capsys):
-    kind, _, run = trained
+def test_the_exported_lora_draws_exactly_our_student(trained, prompts_file, tmp_path, capsys):
+    kind, _, folder, run = trained
     file = tmp_path / "student.safetensors"
     args = export.parser().parse_args(["--checkpoint", str(run), "--out", str(file), "--lora"])
     if kind == "full":
@@ -205,7 +213,7 @@ def make_cond(pipeline):
 
 
 def test_export_refuses_what_is_there_and_kernels_diffusers_lacks(trained, tmp_path):
-    _, _, run = trained
+    *_, run = trained
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     with pytest.raises(UserError, match="taken"):

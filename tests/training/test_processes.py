@@ -110,10 +110,13 @@ def assert_same_losses(workdir: Path, other: Path) -> None:
 
 
 def test_two_processes_train_as_one(train, tmp_path):
-    """Four devices each or eight in one: equal losses; a checkpoint of one goes on with two and the other way round."""
+    """Eight devices in one or four each: equal losses, where the checkpoint of one process goes on with two.
+
+    The other way round: `test_checkpoints_of_two_processes_restore_in_one_and_back`.
+    """
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     train(1, whole, 3).check()
-    for count, steps in ((2, 1), (1, 2), (2, 3)):
+    for count, steps in ((1, 1), (2, 3)):
         group = train(count, changing, steps)
         group.check()
     assert "8 cpu device(s) of 2 processes" in group.text()

@@ -352,7 +352,7 @@ def test_eight_way_microbatches_give_equal_rewards():
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8), (8, 1)])
 def test_eight_devices_decode_an_image_together(sizes):
     """Images and gradients of one device that decodes all, and a fraction of its memory on each."""
-    shape = AutoencoderKLConfig(4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4)
+    shape = AutoencoderKLConfig(4, block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=4)
     codec = AutoencoderKL(shape)
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(lambda: codec.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))["params"]
