@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # long.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
+
 def pytest_configure(config):
     """A folder for compiled programs that the tests' processes share, made and removed by the first of them."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.attention import PLAIN, AttentionKernel, attention
-from dmdr_jax.models.layers import Conv, Dense, GroupNorm
+from dmdr_jax.models.layers import Conv, Dense, GroupNorm, parameter
 
 Array = jax.Array
 
@@ -132,8 +132,8 @@ class UpsampleConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, 2 h, 2 w, features]``."""
         b, h, w, c = x.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (3, 3, c, self.features))
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         x = x.astype(self.dtype)
         rows = [jnp.stack([self._phase(x, kernel, p, q) for q in (0, 1)], axis=3) for p in (0, 1)]
         y = jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features)
