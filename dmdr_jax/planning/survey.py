@@ -6,6 +6,7 @@ is what the planner runs, in a process of its own for each program, as libtpu ma
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -90,7 +91,8 @@ def place(config: Any, where: topology.Slice, run: Any, compiled: bool) -> Any:
     limit = float(where.chip.hbm)
     if compiled:
         return mesh_choice.make_layout(config.mesh, run.residents, topology.describe_devices(where), limit)
-    devices = [_Stand(i // where.in_slice) for i in range(where.chips)]
+    places = list(itertools.product(*map(range, where.shape)))
+    devices = [_Stand(i, place) for i in range(where.count) for place in places]
     data, fsdp, split = mesh_choice.sizes(config.mesh, run.residents, devices, limit)
     sizes = sharding.full_sizes(data, fsdp, 1, len(devices))
     mesh: Any = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
@@ -102,6 +104,7 @@ class _Stand:
     """In place of a device that nobody describes."""
 
     slice_index: int
+    coords: tuple[int, ...]
     platform: str = "tpu"
 
 

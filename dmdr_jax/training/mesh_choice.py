@@ -6,8 +6,8 @@ Only what lives between steps is weighed, by arithmetic; an update's own memory 
   then never gathered.
 * Where all of the denoiser is trained it is at least `FULL_FSDP`, so that gradients are summed in parts: to add up
   whole ones costs twice the traffic and the memory.
-* `fsdp` is a part of a slice, never a large slice whole: along all of a torus the compiler makes of each gather or
-  scatter a sum of whole arrays.
+* `fsdp` is a part of a slice, never a large slice whole, nor a small one of three axes (`v5p:2x2x2`): along all of such
+  a torus the compiler makes of each scatter a sum of whole arrays.
 """
 
 import math
@@ -27,7 +27,7 @@ SHARE = 0.5
 """Of a device's memory, for what lives between steps."""
 FULL_FSDP = 8
 SMALL_SLICE = 8
-"""Devices of a slice that fsdp may span whole."""
+"""Devices of a slice of at most two axes that fsdp may span whole."""
 
 
 class Residents(NamedTuple):
@@ -65,29 +65,36 @@ def residents(state: Tree, params: dict[str, Tree], rewards: Tree, full: bool) -
     return Residents(base, size(state), text, others + size(rewards), full)
 
 
-def candidates(slice_size: int, full: bool) -> list[int]:
-    """Sizes of fsdp, ascending."""
+def candidates(slice_size: int, full: bool, deep: bool = False) -> list[int]:
+    """Sizes of fsdp, ascending, for a slice of three axes (``deep``) or fewer."""
     sizes = [2**k for k in range(slice_size.bit_length()) if slice_size % 2**k == 0]
-    parts = [n for n in sizes if n < slice_size or slice_size <= SMALL_SLICE]
+    parts = [n for n in sizes if n < slice_size or (slice_size <= SMALL_SLICE and not deep)]
     return [n for n in parts if n >= min(FULL_FSDP, parts[-1])] if full else parts
 
 
-def choose(slice_size: int, limit: float, held: Residents) -> tuple[int, bool]:
+def choose(slice_size: int, limit: float, held: Residents, deep: bool = False) -> tuple[int, bool]:
     """The size of fsdp and whether the frozen denoiser is split over it.
 
     Args:
       slice_size: devices of one slice.
       limit: bytes of a device.
+      deep: the slice has three axes.
 
     Returns:
       Where nothing leaves room: as many parts as there may be.
     """
-    parts = candidates(slice_size, held.full)
+    parts = candidates(slice_size, held.full, deep)
     for split_base in (False, True):
         for fsdp in parts:
             if held.per_device(fsdp, split_base) <= SHARE * limit:
                 return fsdp, split_base and fsdp > 1
     return parts[-1], parts[-1] > 1
+
+
+def has_three_axes(devices: Sequence[Any]) -> bool:
+    """Whether a slice is more than one chip long in three directions; devices that say nothing of it have none."""
+    places = [tuple(device.coords) for device in devices if getattr(device, "coords", None)]
+    return bool(places) and sum(len(set(along)) > 1 for along in zip(*places)) == 3
 
 
 def memory_limit(device: jax.Device) -> float:
@@ -118,7 +125,7 @@ def sizes(mesh: Any, held: Callable[[], Residents], devices: Sequence[Any], limi
     if not fsdp and (in_slice == 1 or math.isinf(limit)):
         fsdp = 1
     elif not fsdp:
-        fsdp, chosen = choose(in_slice, limit, held())
+        fsdp, chosen = choose(in_slice, limit, held(), has_three_axes(devices))
         split = chosen if mesh.base == "auto" else split
     elif mesh.base == "auto" and fsdp > 1 and not math.isinf(limit):
         split = held().per_device(fsdp, split_base=False) > SHARE * limit

@@ -107,6 +107,16 @@ def test_the_mesh_that_is_chosen(slice_size, limit, held, found):
     assert mesh_choice.choose(slice_size, limit * GB, held) == found
 
 
+def test_no_axis_spans_a_torus_of_three_axes():
+    def slice_of(*shape):
+        return [types.SimpleNamespace(coords=place) for place in np.ndindex(shape)]
+
+    assert [mesh_choice.has_three_axes(slice_of(*shape)) for shape in ((2, 2, 2), (2, 2, 1), (2, 4, 1))] == [1, 0, 0]
+    assert not mesh_choice.has_three_axes(jax.devices())
+    assert mesh_choice.choose(8, 95 * GB, SD3_FULL, deep=True) == (4, False)
+    assert mesh_choice.choose(64, 95 * GB, SD3_FULL, deep=True) == (8, False)
+
+
 def asked(data=-1, fsdp=0, base="auto"):
     return types.SimpleNamespace(data=data, fsdp=fsdp, base=base)
 
