@@ -46,12 +46,13 @@ def get_experiment(which: str = "table5") -> Experiment:
     )
     chosen = TABLE | ({method: method for method in OTHERS} if which == "all" else {})
     rows = [trained(method, title) for method, title in chosen.items()]
+    alone_since = [(f"{name}_only", "cold") for name in ("refl", "dpo", "grpo")]
     together = [(f"dmdr_{name}", f"{name}_only") for name in ("refl", "dpo", "grpo")]
     return Experiment(
         name="methods" if which == "table5" else f"methods_{which}",
         rows=(*start, *rows),
         teacher=arguments_of(MODEL, TEACHER),
-        pairs=(*((row.label, "distil") for row in rows), *together, ("dmdr_refl", "teacher")),
+        pairs=(*((row.label, "distil") for row in rows), *alone_since, *together, ("dmdr_refl", "teacher")),
         figures=(
             Bars(("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")),
             Pareto("strict", "flops"),
