@@ -12,9 +12,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests compile many small programs and run each a few times: without the newer way of writing kernels it takes half as
-# long.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Tests compile many small programs and run each a few times: in one piece, and without the newer way of writing kernels,
+# it takes half as long.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 
 def pytest_configure(config):
@@ -23,16 +24,16 @@ def pytest_configure(config):
         return
     folder = tempfile.mkdtemp(prefix="dmdr_jax_programs_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # all of them
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-LONG = ("test_notebook.py", "test_processes.py", "test_programs.py", "test_loop.py", "test_sharding.py")
+LONG = ("notebook", "processes", "programs", "loop", "sharding", "ode", "passes", "sdxl", "watch", "tilted_gaussian")
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that workers, each of which takes a file at a time, end together."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,7 +33,7 @@ def test_a_transformers_last_tokens(remat):
 UNET = UNetConfig.from_diffusers(SHAPE | {"out_channels": 3})
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_unets_narrowest_layers(remat):
     denoiser = Denoiser(UNet2DCondition(UNET, remat=remat), VariancePreserving())
     keys = jax.random.split(jax.random.key(2), 3)

@@ -27,7 +27,7 @@ TAU, BETA, FLOOR = 0.2, 1.0, 1e3
 ALPHA = 1.0 - TAU
 REWARD = BETA * TAU**2 / ALPHA**2
 """L where W = 1."""
-FAST = {"xla_backend_optimization_level": 3}
+FAST = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 PRECISION = 1.0 / VARIANCE + BETA * CURVATURE
 TILTED = (MEAN / VARIANCE + BETA * CURVATURE * CENTRE) / PRECISION, 1.0 / PRECISION
 
