@@ -27,7 +27,7 @@ from dmdr_jax.training.step import fake_step, generator_step
 BATCH = 2
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-sdxl"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny-sdxl", marks=pytest.mark.slow)])
 def pair(request):
     """Both sides of one workload, with adapters that do something and no clipping."""
     workload, weight = work.Workload(request.param, BATCH), work.weight

@@ -100,7 +100,7 @@ def test_one_forward(size):
     assert (linear / TERA, attention / TERA) == pytest.approx(published, rel=0.02)
 
 
-@pytest.mark.parametrize("size", NETWORKS)
+@pytest.mark.parametrize("size", ["sd3", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reuse", [False, True], ids=["apart", "reuse"])
 def test_the_steps_do_what_was_counted(size, reuse):
     config = Workload(size, batch=1).config()
