@@ -367,7 +367,7 @@ def _load_tokenizer(folder: Path, name: str, model_index: Config) -> Any:
     class_name = (model_index.get(name) or [None, None])[1]
     if class_name is None or not (folder / name).is_dir():
         raise UserError(f"{folder} is not complete: it has a text encoder but no {name}/ for it.")
-    kind = getattr(transformers, class_name, transformers.AutoTokenizer)
+    kind = getattr(transformers, class_name, None) or transformers.AutoTokenizer
     try:
         return kind.from_pretrained(str(folder / name), local_files_only=True)
     # transformers raises whatever its parser of the day raises.

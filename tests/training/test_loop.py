@@ -17,7 +17,7 @@ from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.loop import train
 from dmdr_jax.training.metrics import read_metrics
 from dmdr_jax.training.reporting import SKIPPED, SKIPPED_AT_MOST, Skipped
-from tests.training import tiny
+from tests.training import tiny, tiny_config
 from tests.training.conftest import leaves_equal
 
 FIELDS = ("generator", "fake", "ema", "generator_opt", "fake_opt", "step", "inner", "key")
@@ -123,13 +123,10 @@ def command(teacher, prompts, workdir):
     return [sys.executable, "-m", "dmdr_jax.train", config, f"--workdir={workdir}"]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of programs that this file starts: what one has compiled serves the next."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(teacher, prompts_file, tmp_path, environment):
+def test_sigterm_saves_and_the_same_command_goes_on(teacher, prompts_file, tmp_path):
     """Twice, and once more while it is being obeyed; Ctrl-C in between saves nothing. As if nothing had happened."""
     workdir, done = tmp_path / "run", 0
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGTERM, 0)):
@@ -137,7 +134,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(teacher, prompts_file, tmp_p
         process = subprocess.Popen(
             [*command(teacher, prompts_file, workdir), *changes],
             cwd=ROOT,
-            env=environment,
+            env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -157,11 +154,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(teacher, prompts_file, tmp_p
         lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
         (workdir / "metrics.jsonl").write_text("".join(lines[:done]))  # for the next turn to wait for more
     # A stop may have come between two fake updates: what is saved is then ahead of where a run of so many steps ends.
-    whole = tmp_path / "whole"
     changes = [f"--config.steps={done + 1}", "--config.checkpoint.every=100000"]
-    for folder in (workdir, whole):
-        subprocess.run([*command(teacher, prompts_file, folder), *changes], check=True, cwd=ROOT, env=environment)
-    assert leaves_equal(load_trained(workdir, FIELDS)[0], load_trained(whole, FIELDS)[0])
+    subprocess.run([*command(teacher, prompts_file, workdir), *changes], check=True, cwd=ROOT, env=ENVIRONMENT)
+    train(tiny.config(teacher, prompts_file, steps=done + 1, checkpoint__every=100_000), tmp_path / "whole")
+    assert leaves_equal(load_trained(workdir, FIELDS)[0], load_trained(tmp_path / "whole", FIELDS)[0])
 
 
 def test_a_run_that_is_stopped_before_its_first_step_saves_nothing(teacher, prompts_file, tmp_path):
@@ -169,10 +165,10 @@ def test_a_run_that_is_stopped_before_its_first_step_saves_nothing(teacher, prom
     assert int(state.step) == 0 and not any((tmp_path / "checkpoints").iterdir())
 
 
-def test_kill_9_and_the_same_command_again_give_the_same_parameters(teacher, prompts_file, tmp_path, environment):
-    options = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def test_kill_9_and_the_same_command_again_give_the_same_parameters(teacher, prompts_file, tmp_path):
+    options = dict(cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(teacher, prompts_file, whole), check=True, **options)
+    train(tiny_config.get_config(f"{teacher},{prompts_file}"), whole)
     process = subprocess.Popen(command(teacher, prompts_file, killed), **options)
     while process.poll() is None and not (killed / "checkpoints" / "2").exists():
         time.sleep(0.02)
@@ -195,11 +191,10 @@ def test_kill_9_and_the_same_command_again_give_the_same_parameters(teacher, pro
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(teacher, prompts_file, tmp_path, argument, message):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command(teacher, prompts_file, tmp_path / "run"), argument],
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
