@@ -1,7 +1,8 @@
 """Reinforcement learning with and without distribution matching (the paper's Table 5), and all methods side by side.
 
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/methods.py --out=runs/methods --jobs=2
-          methods.py:all has every preset of dmdr_jax/methods.py that needs neither images nor a one-step student.
+          methods.py:all has every preset of dmdr_jax/methods.py that needs neither images nor a one-step student;
+          it shows the rows of methods.py again, so run that too.
 
 All start from the same cold start, DMD alone: as its copy where they keep no more state than it does, else by making
 it again with the same seed. Equal generator updates.
@@ -22,6 +23,7 @@ TABLE = {
     "grpo_only": "GRPO only",
     "dmdr_grpo": "GRPO + DMD",
 }
+ALGORITHMS = ("refl", "dpo", "grpo")
 COPIES = ("refl_only", "dmdr_refl", "dmdr_grpo", "dmdr_srpo", "ddmd_adv")
 """Methods whose state is that of DMD alone, so that they can go on from its checkpoint."""
 OTHERS = ("dmdr_srpo", "ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
@@ -38,23 +40,33 @@ def trained(method: str, title: str) -> Row:
 def get_experiment(which: str = "table5") -> Experiment:
     if which not in ("table5", "all"):
         raise UserError(f"unknown choice {which!r}; choose table5 or all.")
-    alone = reward_weights(0.0)
-    start = (
+    alone, table = reward_weights(0.0), which == "table5"
+    cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone})
+    start = [
         Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER),
-        Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone}),
         Row("distil", "DMD only", config=CONFIG, overrides={"steps": UPDATES, **alone}, after="cold"),
-    )
-    chosen = TABLE | ({method: method for method in OTHERS} if which == "all" else {})
-    rows = [trained(method, title) for method, title in chosen.items()]
-    alone_since = [(f"{name}_only", "cold") for name in ("refl", "dpo", "grpo")]
-    together = [(f"dmdr_{name}", f"{name}_only") for name in ("refl", "dpo", "grpo")]
+    ]
+    rows = [trained(method, title) for method, title in TABLE.items()]
+    pairs = [(row.label, "distil") for row in rows]
+    if table:
+        pairs += [(f"{name}_only", "cold") for name in ALGORITHMS]
+        pairs += [(f"dmdr_{name}", f"{name}_only") for name in ALGORITHMS]
+    else:  # the table's rows are there already
+        start, rows = [[borrowed(row) for row in some] for some in (start, rows)]
+        others = [trained(method, method) for method in OTHERS]
+        rows += others
+        pairs += [(row.label, other) for row in others for other in ("distil", "dmdr_refl")]
     return Experiment(
-        name="methods" if which == "table5" else f"methods_{which}",
-        rows=(*start, *rows),
+        name="methods" if table else "methods_all",
+        rows=(start[0], cold, *start[1:], *rows),
         teacher=arguments_of(MODEL, TEACHER),
-        pairs=(*((row.label, "distil") for row in rows), *alone_since, *together, ("dmdr_refl", "teacher")),
+        pairs=(*pairs, ("dmdr_refl", "teacher")),
         figures=(
             Bars(("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")),
             Pareto("strict", "flops"),
         ),
     )
+
+
+def borrowed(row: Row) -> Row:
+    return Row(row.label, row.title, of="methods")
