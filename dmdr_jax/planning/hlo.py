@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 GATHER, SCATTER, REDUCE, OTHER = "all-gather", "reduce-scatter", "all-reduce", "other"
 _KINDS = {
     "all-gather": GATHER,
@@ -32,6 +34,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _BODY, _CONDITION = re.compile(r"body=%?([\w.\-]+)"), re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"= s32\[\][^=]* constant\((\d+)\)")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _CHAIN = re.compile(r'chain_id="?(\w+)"?')
 
 
@@ -43,6 +46,8 @@ class Collective(NamedTuple):
       size: bytes per device each time.
       times: how often a run of the program does it.
       largest: elements of the largest array in it.
+      members: devices of the first group that exchange with each other, as places along the flattened mesh; empty
+        where the instruction does not say.
     """
 
     kind: str
@@ -50,6 +55,7 @@ class Collective(NamedTuple):
     times: int
     largest: int
     name: str
+    members: tuple[int, ...]
 
 
 class _Instruction(NamedTuple):
@@ -67,7 +73,7 @@ def collectives(text: str) -> list[Collective]:
     for name, instructions in computations.items():
         for instruction in instructions:
             kind = _kind(instruction.opcode)
-            if kind is None or not times.get(name) or group_size(instruction.text) == 1:
+            if kind is None or not times.get(name) or len(members(instruction.text)) == 1:
                 continue
             chain = _CHAIN.search(instruction.text)
             if chain and (chain.group(1), kind) in chains:
@@ -131,16 +137,36 @@ def _calls(instruction: _Instruction, computations: dict[str, list[_Instruction]
             yield name.strip().lstrip("%"), 1
 
 
-def group_size(text: str) -> int | None:
-    """How many devices exchange with each other in an instruction; None where it does not say."""
+def members(text: str) -> tuple[int, ...]:
+    """The devices of the first group of an instruction; empty where it does not say."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(match.group(1).split(","))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(match.group(2))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match.group(2)))
-    return None
+        return tuple(map(int, match.group(1).split(",")))
+    if match := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", text):
+        return tuple(_iota(*match.groups()[2:]).reshape(int(match.group(1)), -1)[0].tolist())
+    if match := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text):
+        axes, dimensions, order, named = match.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        chosen = re.findall(r"'(\w+)'", named)
+        ids = _iota(dimensions or ",".join(map(str, sizes.values())), order).reshape(*sizes.values())
+        return tuple(ids[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel().tolist())
+    return ()
+
+
+def _iota(dimensions: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 in the shape ``dimensions``, its axes then in ``order``."""
+    shape = tuple(map(int, dimensions.split(",")))
+    axes = tuple(map(int, order.split(","))) if order else tuple(range(len(shape)))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes)
+
+
+def largest_whole(found: list[Collective], fsdp: int) -> int:
+    """Elements of the largest array that devices along `fsdp`, the mesh's fastest axis, sum whole.
+
+    A sum over `data` alone is of parts, but where there is nothing else.
+    """
+    sums = [c for c in found if c.kind == REDUCE]
+    whole = [c for c in sums if fsdp == 1 or not c.members or len({place % fsdp for place in c.members}) > 1]
+    return max((c.largest for c in whole), default=0)
 
 
 def trip_count(condition: str, computations: dict[str, list[_Instruction]]) -> int:
@@ -171,7 +197,8 @@ def _measure(kind: str, instruction: _Instruction, around: list[_Instruction], t
         operands = re.findall(r"%([\w.\-]+)", arguments)
         results = [array for name in operands for array in _arrays(given.get(name, ""))] or results
     size = sum(bytes_ for bytes_, _ in results)
-    return Collective(kind, size, times, max((n for _, n in results), default=0), instruction.name)
+    largest = max((elements for _, elements in results), default=0)
+    return Collective(kind, size, times, largest, instruction.name, members(instruction.text))
 
 
 def _arrays(text: str) -> list[tuple[float, int]]:

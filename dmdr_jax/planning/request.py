@@ -43,7 +43,7 @@ class Program:
       flops, traffic: see `dmdr_jax.planning.work`.
       declared: bytes gathered, by the program as it is written; the next four are those of the compiled one.
       gathered, scattered, reduced, other: bytes, by kind of collective (`dmdr_jax.planning.hlo`).
-      largest_reduced: elements of the largest array that is summed whole.
+      largest_reduced: elements of the largest array that devices along `fsdp` sum whole.
       arguments, temp, peak: bytes, by the compiler; temp has what the program itself needs.
       seconds: the compilation's.
       error: what the compiler said, where it refused.

@@ -54,7 +54,7 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
     placed, stages = run.placed(layout), stages_of(config, run)
     programs, earlier = {}, []
     for name in names:
-        programs[name] = examine(name, trace(name, placed, layout, stages[-1].terms), where, request.compiled)
+        programs[name] = examine(name, trace(name, placed, layout, stages[-1].terms), where, layout, request.compiled)
     if GENERATOR in names:
         works = [measure(trace(GENERATOR, placed, layout, stage.terms).jaxpr) for stage in stages[:-1]]
         earlier = [*(work.flops / where.chips for work in works), programs[GENERATOR].flops]
@@ -138,16 +138,16 @@ def trace(name: str, run: Any, layout: Any, terms: Any) -> Any:
     return jitted.trace(run.state, run.frozen, run.batch)
 
 
-def examine(name: str, traced: Any, where: topology.Slice, compiled: bool) -> Program:
+def examine(name: str, traced: Any, where: topology.Slice, layout: Any, compiled: bool) -> Program:
     """What a traced program does, and what the compiler makes of it."""
     from dmdr_jax.planning.work import measure
 
     work = measure(traced.jaxpr)
     known = Program(name, work.flops / where.chips, work.traffic / where.chips, work.gathered)
-    return compile_program(traced, known) if compiled else known
+    return compile_program(traced, known, layout.mesh.shape["fsdp"]) if compiled else known
 
 
-def compile_program(traced: Any, known: Program) -> Program:
+def compile_program(traced: Any, known: Program, fsdp: int) -> Program:
     from dmdr_jax.planning import hlo
 
     start = time.perf_counter()
@@ -166,7 +166,7 @@ def compile_program(traced: Any, known: Program) -> Program:
         scattered=hlo.total(found, hlo.SCATTER),
         reduced=hlo.total(found, hlo.REDUCE),
         other=hlo.total(found, hlo.OTHER),
-        largest_reduced=max((c.largest for c in found if c.kind == hlo.REDUCE), default=0),
+        largest_reduced=hlo.largest_whole(found, fsdp),
         arguments=memory.argument_size_in_bytes,
         temp=temp,
         peak=memory.peak_memory_in_bytes,

@@ -67,8 +67,22 @@ def test_a_loop_without_a_bound_counts_once():
     assert [c.times for c in hlo.collectives(text) if c.name == "all-gather.1"] == [1]
 
 
-def test_group_sizes():
-    assert hlo.group_size("replica_groups={{0,1},{2,3}}, x") == 2
-    assert hlo.group_size("replica_groups=[2,8]<=[16]") == 8
-    assert hlo.group_size("replica_groups=mesh['a'=2,'b'=8] {'a','b'}") == 16
-    assert hlo.group_size("source_target_pairs={{0,1}}") is None
+def test_the_first_group():
+    assert hlo.members("replica_groups={{0,1},{2,3}}, x") == (0, 1)
+    assert hlo.members("replica_groups=[2,8]<=[16]") == tuple(range(8))
+    assert hlo.members("replica_groups=[4,2]<=[2,4]T(1,0), x") == (0, 4)
+    assert hlo.members("replica_groups=mesh['a'=2,'b'=8] {'a','b'}") == tuple(range(16))
+    assert hlo.members("replica_groups=mesh['a'=2,'b'=8] {'a'}") == (0, 8)
+    assert hlo.members("replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}") == tuple(range(0, 16, 2))
+    assert hlo.members("source_target_pairs={{0,1}}") == ()
+
+
+def test_sums_of_parts_are_not_of_the_whole():
+    def line(name, size, groups):
+        return f"  %{name} = bf16[{size}]{{0}} all-reduce(%y), replica_groups={groups}, to_apply=%add\n"
+
+    body = line("parts", 4096, "[4,2]<=[2,4]T(1,0)") + line("whole", 512, "[2,4]<=[8]") + line("all", 256, "[1,8]<=[8]")
+    found = hlo.collectives(f"ENTRY %main (p: bf16[8]) -> bf16[8] {{\n{body}}}\n")
+    assert hlo.largest_whole(found, 4) == 512  # places 0 and 4 have the same part
+    assert hlo.largest_whole(found, 2) == 512 and hlo.largest_whole(found, 1) == 4096
+    assert hlo.largest_whole(found[:1], 4) == 0
