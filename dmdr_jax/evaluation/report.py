@@ -24,8 +24,7 @@ from dmdr_jax.evaluation.pictures import previews
 from dmdr_jax.evaluation.runs import Run, active_rewards
 from dmdr_jax.evaluation.sections import Results, details, flat, page, section, sections_of, series_key
 from dmdr_jax.evaluation.watched import watched
-
-SAMPLES = "samples"
+from dmdr_jax.workdir import SAMPLES
 
 
 def write_report(runs: epath.PathLike | Sequence[epath.PathLike], evaluation: Path | None, out: Path) -> list[Run]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from etils import epath
 
+from dmdr_jax import workdir
 from dmdr_jax.errors import UserError
-from dmdr_jax.training.metrics import METRICS_FILE, read_metrics
+from dmdr_jax.training.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Run:
           UserError: there is no run.
         """
         folder = epath.Path(folder)
-        file = folder / "config.json"
+        file = folder / workdir.CONFIG
         try:
             document = json.loads(file.read_text())
         except (OSError, ValueError):
             raise UserError(f"{file} is missing or damaged: give the workdir of python -m dmdr_jax.train.") from None
-        return cls(folder, document, read_metrics(folder) if (folder / METRICS_FILE).exists() else [])
+        return cls(folder, document, read_metrics(folder) if (folder / workdir.METRICS).exists() else [])
 
     @property
     def config(self) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 
 from etils import epath
 
+from dmdr_jax import workdir
 from dmdr_jax.evaluation.canaries import PREFIX, SHARES, Z_HELD_OUT, Z_TRAINED
 from dmdr_jax.evaluation.curves import Series, line_chart, series_of
 from dmdr_jax.evaluation.pictures import strip
 from dmdr_jax.evaluation.runs import Run
 from dmdr_jax.evaluation.sections import series_key
 
-BEST_FILE = "best.json"  # of a workdir, see `dmdr_jax.training.watch`
 CANARY = "canary_"  # how the names of their grids begin
 CURVES = {
     "Rewards of the canaries, z": {Z_TRAINED: "trained", Z_HELD_OUT: "held out"},
@@ -38,7 +38,7 @@ def watched(run: Run) -> str:
 def state(folder: epath.Path) -> Mapping[str, Any]:
     """What a run's best.json says; empty where there is none."""
     try:
-        return json.loads((folder / BEST_FILE).read_text())
+        return json.loads((folder / workdir.BEST_FILE).read_text())
     except (OSError, ValueError):
         return {}
 
@@ -62,7 +62,7 @@ def mark(run: Run) -> tuple[float, str] | None:
 
 def grids(run: Run) -> list[tuple[epath.Path, str]]:
     """The teacher's canaries, those of the best step and the latest, with what they are."""
-    samples = run.folder / "samples"
+    samples = run.folder / workdir.SAMPLES
     drawn = {int(f.stem.removeprefix(CANARY)): f for f in samples.glob(f"{CANARY}[0-9]*.png")}
     steps = {state(run.folder).get("step"): "the best step", max(drawn, default=None): "the latest step"}
     named = [(drawn[step], f"canaries at {what}, {step}") for step, what in steps.items() if step in drawn]

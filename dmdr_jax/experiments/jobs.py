@@ -25,10 +25,10 @@ from typing import Any
 from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments.spec import TEACHER, Experiment, Row, arguments_of, kept_steps, relative
+from dmdr_jax.workdir import CHECKPOINTS, METRICS
 
 RUN, EVALUATION, ALONG = "run", "evaluation", "along"
 JOB_FILE, LOG_FILE, LOCK_FILE, COST_FILE = "job.json", "log.txt", "lock", "cost.json"
-CHECKPOINTS, METRICS, BEST = "checkpoints", "metrics.jsonl", "best.json"  # of a training run's workdir
 
 TRAIN, COST, EVALUATE, EVALUATE_ALONG = "train", "cost", "evaluate", "evaluate along"
 

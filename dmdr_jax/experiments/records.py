@@ -27,11 +27,9 @@ from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments.jobs import (
     ALONG,
-    BEST,
     COST,
     EVALUATE,
     EVALUATION,
-    METRICS,
     RUN,
     TRAIN,
     Job,
@@ -39,6 +37,7 @@ from dmdr_jax.experiments.jobs import (
     plain,
     read_json,
 )
+from dmdr_jax.workdir import BEST_FILE, METRICS
 
 FORMAT = 1
 POINTS = 60
@@ -129,7 +128,7 @@ def make_record(job: Job) -> Record:
     }
     if job.row.config:
         record["curves"] = thin_curves(_metrics(job.folder / RUN / METRICS))
-        record["watch"] = read_json(job.folder / RUN / BEST)
+        record["watch"] = read_json(job.folder / RUN / BEST_FILE)
     if (job.folder / ALONG / "results.json").is_file() and job.experiment.along is not None and job.row.config:
         record["along"] = along_of(_results(job.folder / ALONG))
     return record

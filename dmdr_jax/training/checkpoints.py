@@ -24,13 +24,12 @@ from orbax.checkpoint import checkpoint_managers
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.training import disk, runtime
+from dmdr_jax.workdir import BEST, BEST_FILE, CHECKPOINTS
 
 Tree = Any
 Meta = dict[str, Any]
 
 FORMAT = 1
-FOLDER = "checkpoints"  # of a workdir
-BEST, BEST_FILE = "best", "best.json"  # a name for the checkpoint that this file of the workdir says, see `watch`
 _STATE, _META = "state", "meta"  # items of a step
 
 
@@ -200,15 +199,15 @@ def find_step(path: epath.PathLike) -> epath.Path:
         step = json.loads((path.parent / BEST_FILE).read_text())["step"]
         if step is None:
             raise UserError(f"{path.parent / BEST_FILE} names none: all checkpoints are younger than the reward gap")
-        path = path.parent / FOLDER / str(step)
+        path = path.parent / CHECKPOINTS / str(step)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; check the path")
     if _is_step(path):
         return path
-    for folder in (path, path / FOLDER):
+    for folder in (path, path / CHECKPOINTS):
         if steps := _finished_steps(folder):
             return folder / str(steps[-1])
-    raise UserError(f"{path} holds no checkpoint; give a run's workdir, its {FOLDER} folder or one step's folder")
+    raise UserError(f"{path} holds no checkpoint; give a run's workdir, its {CHECKPOINTS} folder or one step's folder")
 
 
 def _finished_steps(directory: epath.Path) -> list[int]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +62,7 @@ class Layout:
 
     def drawing(self, images: int) -> tuple[int, jax.sharding.Sharding | None]:
         """How many of so many images to draw at a time, and how they are split: evenly over all devices."""
-        devices = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        devices = sharding.batch_parts(self.mesh)
         if devices == 1:
             return images, None
         batch = -(-images // devices) * devices

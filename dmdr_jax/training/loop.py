@@ -24,7 +24,7 @@ from dmdr_jax.rewards.feature_cache import BatchFeatures
 from dmdr_jax.training import calibration, disk, mesh_choice, ode, runtime, setup
 from dmdr_jax.training.abstract import AbstractRun
 from dmdr_jax.training.ahead import Ahead
-from dmdr_jax.training.checkpoints import FOLDER, Checkpoints, checksums
+from dmdr_jax.training.checkpoints import Checkpoints, checksums
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.preview import Preview
@@ -34,6 +34,7 @@ from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report, save
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan
 from dmdr_jax.training.watch import Watch
+from dmdr_jax.workdir import CHECKPOINTS, CONFIG
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -69,7 +70,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     meta = run_metadata(config, pipeline, plan)
 
     make_folder(workdir)
-    checkpoints = Checkpoints(workdir / FOLDER, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
     preview = Preview.make(config, pipeline, plan, prompts, workdir, layout)
     if (counted := calibration.in_teacher_units(config, preview, prompts, rewards)) is not rewards:
         rewards = counted
@@ -270,7 +271,7 @@ def write_config(workdir: epath.Path, config: Any, meta: dict[str, Any], prompts
         "processes": jax.process_count(),
     }
     if runtime.is_first():
-        disk.write_file(workdir / "config.json", json.dumps(document, indent=2).encode())
+        disk.write_file(workdir / CONFIG, json.dumps(document, indent=2).encode())
 
 
 def describe(pipeline: Pipeline, plan: Plan, state: TrainState) -> str:

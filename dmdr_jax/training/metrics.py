@@ -21,9 +21,7 @@ from tqdm import tqdm
 from dmdr_jax.errors import UserError
 from dmdr_jax.training import disk
 from dmdr_jax.training.names import short
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FOLDER = "tensorboard"
+from dmdr_jax.workdir import EVENTS, METRICS
 
 
 class MetricWriter:
@@ -49,8 +47,8 @@ class MetricWriter:
         first = 0 if resume_step is None else resume_step + 1
         with self._writing():
             disk.make_folder(workdir)
-            self._lines = Lines(workdir / METRICS_FILE, first)
-            self._events = metric_writers.AsyncMultiWriter([EventWriter(workdir / EVENTS_FOLDER, first)])
+            self._lines = Lines(workdir / METRICS, first)
+            self._events = metric_writers.AsyncMultiWriter([EventWriter(workdir / EVENTS, first)])
         self._closed = False
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -145,7 +143,7 @@ def _text(lines: Sequence[str]) -> bytes:
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; one cut short by a kill is left out."""
-    path = epath.Path(workdir) / METRICS_FILE
+    path = epath.Path(workdir) / METRICS
     if not path.exists():
         raise UserError(f"{path} does not exist; give the workdir of a run")
     return _whole_lines(path)

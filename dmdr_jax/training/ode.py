@@ -35,7 +35,6 @@ from dmdr_jax.generate import Recipe, teacher_recipe
 from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.rewards.feature_cache import on_host
 from dmdr_jax.training import runtime, setup
-from dmdr_jax.training.checkpoints import FOLDER as CHECKPOINTS
 from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.fake import apply_gradients
 from dmdr_jax.training.layout import Layout
@@ -45,6 +44,7 @@ from dmdr_jax.training.plan import Batch, Frozen, Plan, generator_weights
 from dmdr_jax.training.preview import Preview
 from dmdr_jax.training.reporting import report, save
 from dmdr_jax.training.state import ema_update
+from dmdr_jax.workdir import CHECKPOINTS, ODE
 
 Array = jax.Array
 Tree = Any
@@ -52,7 +52,6 @@ Metrics = dict[str, Array]
 Encode = Callable[[Sequence[str]], Batch]
 Stop = Callable[[int], bool]
 
-FOLDER = "ode"  # of a workdir
 SHOWN = ("ode/loss", "ode/error")
 
 
@@ -84,7 +83,7 @@ class Stage:
 
     def key(self, purpose: str, counter: Array | int) -> Array:
         """The key for one purpose at one pair or step."""
-        purpose_id = zlib.crc32(f"{FOLDER}/{purpose}".encode()) & 0x7FFFFFFF
+        purpose_id = zlib.crc32(f"{ODE}/{purpose}".encode()) & 0x7FFFFFFF
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), purpose_id), counter)
 
 
@@ -161,7 +160,7 @@ def pretrain(
       UserError: the folder ode/ holds another setting's pairs or student, something in it is damaged, the disk is
         full, or a number is not finite.
     """
-    stage, folder = Stage.make(config, pipeline, plan), workdir / FOLDER
+    stage, folder = Stage.make(config, pipeline, plan), workdir / ODE
     document = describe_pairs(config, pipeline, stage, prompts, meta)
     store = PairStore(folder, document, plan.latent_shape)
     pairs = Pairs(PromptStream(prompts, config.ode.pairs, config.seed).batch(0), store, encode, layout)
@@ -175,9 +174,9 @@ def pretrain(
         state = regress(config, stage, state, pairs, frozen, checkpoints, meta, stop)
     if int(state.step) < config.ode.steps:
         return None
-    if unfinished or not (preview.folder / f"{FOLDER}.png").exists():
+    if unfinished or not (preview.folder / f"{ODE}.png").exists():
         with MetricWriter(folder, int(state.step)) as writer:
-            preview.student(writer, int(state.step), state.ema, frozen, FOLDER)
+            preview.student(writer, int(state.step), state.ema, frozen, ODE)
     return state.ema
 
 

@@ -17,10 +17,10 @@ from dmdr_jax.training import disk, runtime
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.metrics import MetricWriter
 from dmdr_jax.training.step import Frozen, Plan, generator_weights
+from dmdr_jax.workdir import SAMPLES
 
 Tree = Any
 
-FOLDER = "samples"
 BORDER = 2  # pixels between images
 BATCH = 16  # images drawn at a time, at least
 
@@ -45,7 +45,7 @@ class Preview:
         height, width = (side * pipeline.modules["vae"].config.downsampling for side in plan.latent_shape[:2])
         recipe = teacher_recipe(pipeline, config.preview.teacher_steps, config.guidance.scale, (height, width))
         noise = initial_noise(pipeline, height, width, range(count))
-        return cls(pipeline, plan, evenly(prompts, count), noise, recipe, workdir / FOLDER, layout)
+        return cls(pipeline, plan, evenly(prompts, count), noise, recipe, workdir / SAMPLES, layout)
 
     def of(self, prompts: list[str]) -> "Preview":
         """The same with other prompts, one image each from noise of its own."""

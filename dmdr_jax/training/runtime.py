@@ -31,6 +31,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dmdr_jax.errors import UserError
+from dmdr_jax.workdir import COMPILED
 
 JOIN_SECONDS = 300
 """How long a process waits for the others when it starts."""
@@ -39,7 +40,6 @@ HEARTBEAT_SECONDS = 100
 LEAVE_SECONDS = 30
 """How long a process that ends waits for the others to end as well."""
 
-COMPILED = "compiled"
 """Folder of a run's compiled programs in its workdir."""
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"

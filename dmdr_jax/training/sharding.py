@@ -90,13 +90,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Over how many devices a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
     """Arrays [batch, ...] split on their first axis over data and fsdp.
 
     Raises:
       UserError: `batch` does not divide evenly.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = batch_parts(mesh)
     if batch % parts:
         below, above = batch - batch % parts, batch - batch % parts + parts
         near = f"{below} or {above}" if below else f"{above}"

@@ -34,9 +34,10 @@ from dmdr_jax.evaluation.overoptimisation import (
 )
 from dmdr_jax.rewards.base import Reward
 from dmdr_jax.training import disk, runtime
-from dmdr_jax.training.checkpoints import BEST, BEST_FILE, Checkpoints
-from dmdr_jax.training.metrics import METRICS_FILE, MetricWriter, Progress, read_metrics
+from dmdr_jax.training.checkpoints import Checkpoints
+from dmdr_jax.training.metrics import MetricWriter, Progress, read_metrics
 from dmdr_jax.training.preview import Preview, image_grid
+from dmdr_jax.workdir import BEST, BEST_FILE, METRICS
 
 Tree = Any
 
@@ -104,7 +105,7 @@ class Watch:
         """Recalls what was seen up to the step that the run goes on from; looks at the student that starts."""
         if not self.every:
             return
-        file = self.workdir / METRICS_FILE
+        file = self.workdir / METRICS
         seen = canaries.observations(read_metrics(self.workdir)) if file.exists() else []
         self.history = [one for one in seen if one.step <= step]
         if step == 0 and not self.history:
