@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from dmdr_jax import methods, sweep
+from dmdr_jax import cli, methods, sweep
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments import jobs, records, runner
+from dmdr_jax.experiments.cost import stage_cost
 from dmdr_jax.experiments.display import Display, seconds_left
-from dmdr_jax.experiments.spec import Along, Experiment, Row, check, chosen, load
+from dmdr_jax.experiments.spec import Along, Bars, Experiment, Row, check, chosen, load
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs/shapes/experiments").glob("[!_]*.py"))
@@ -92,6 +93,26 @@ def test_every_experiment_can_be_run(spec):
     assert len(experiment.seeds) >= 3 or all(experiment.seeds_of(row) == (None,) for row in experiment.rows)
     assert 6 * experiment.evaluation.per_tag >= 400
     assert experiment.row("teacher") is experiment.rows[0]
+
+
+@pytest.mark.slow
+def test_rows_at_equal_compute_cost_the_same(tmp_path):
+    """pytest -m slow tests/test_sweep.py: two minutes of one core."""
+    experiment = load("configs/shapes/experiments/methods.py:all")
+    table = load("configs/shapes/experiments/methods.py")
+
+    def cost(owner, label):
+        stages = jobs.Job(owner, owner.row(label), 0, tmp_path).stages()
+        found = [(cli.load_config(s["config"], s["overrides"]), s["first"], s["last"]) for s in stages]
+        return sum(stage_cost(*stage)["training"] for stage in found)
+
+    expected = cost(table, "dmdr_refl")
+    (labels,) = (f.rows for f in experiment.figures if isinstance(f, Bars) and "distil_equal" in f.rows)
+    rows = [(table if experiment.row(label).of == "methods" else experiment, label) for label in labels[1:]]
+    assert len(rows) == 14
+    assert {label: cost(owner, label) / expected for owner, label in rows} == {
+        label: pytest.approx(1.0, abs=0.03) for _, label in rows
+    }
 
 
 def test_names_of_experiments_differ():
