@@ -30,6 +30,8 @@ GATHER_NAME = "gathered"
 MIN_SIZE = 2**16
 """Elements; gathering a smaller array costs more time than keeping it whole costs memory."""
 MIN_PART = 32
+TILE = (16, 128)
+"""Of a bfloat16 array in a TPU's memory."""
 
 
 def split_spec(shape: Sequence[int], parts: int, min_size: int = MIN_SIZE) -> PartitionSpec:
@@ -94,8 +96,7 @@ class _Split(NamedTuple):
             return found
 
         def summed(x: Array, gradient: Array) -> Array:
-            part = jax.lax.psum_scatter(own(x, gradient), FSDP, scatter_dimension=len(self.spec) - 1, tiled=True)
-            return jax.lax.psum(part, "data") if axis_size("data") > 1 else part
+            return sum_of_parts(own(x, gradient), len(self.spec) - 1)
 
         if self.x.shape[0] % batch_parts():
             return jax.lax.with_sharding_constraint(own(x, gradient), self.spec).astype(self.kernel.dtype)
@@ -126,6 +127,28 @@ def _backward(split: _Split, kept: tuple[Array | None, Array | None], gradient: 
 
 
 _split_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def sum_of_parts(array: Array, axis: int) -> Array:
+    """Each device's part along ``axis`` of the sum over all devices; inside `jax.shard_map`.
+
+    A TPU keeps arrays in tiles of the last two axes. Where the parts are not whole tiles its compiler would sum all of
+    the array on every device; there the parts are first laid out one after the other, each filled up to whole tiles.
+    """
+    parts = axis_size(FSDP)
+    rows, lanes = TILE
+    if axis < array.ndim - 1 and array.shape[axis] // parts % rows == 0 and array.shape[-1] % lanes == 0:
+        return _over_data(jax.lax.psum_scatter(array, FSDP, scatter_dimension=axis, tiled=True))
+    first = jnp.moveaxis(array, axis, 0)
+    blocks = first.reshape(parts, -1)
+    size = blocks.shape[1]
+    tiles = jnp.pad(blocks, ((0, 0), (0, -size % (rows * lanes)))).reshape(-1, lanes)
+    part = _over_data(jax.lax.psum_scatter(tiles, FSDP, scatter_dimension=0, tiled=True))
+    return jnp.moveaxis(part.reshape(-1)[:size].reshape(-1, *first.shape[1:]), 0, axis)
+
+
+def _over_data(part: Array) -> Array:
+    return jax.lax.psum(part, "data") if axis_size("data") > 1 else part
 
 
 def unsplit() -> contextlib.AbstractContextManager:

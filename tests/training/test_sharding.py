@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.generate import decode_images
+from dmdr_jax.models import placement
 from dmdr_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -309,6 +310,28 @@ NETWORK = MMDiTConfig(
     sample_size=8,
     pos_embed_max_size=8,
 )
+
+
+@eight_devices
+@pytest.mark.parametrize(
+    "shape, axis",
+    [((256, 128), 0), ((3, 3, 24, 10), 2), ((3, 3, 10, 64), 3), ((40,), 0), ((128, 100), 0), ((8, 256), 1)],
+)
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 8)])
+def test_eight_way_sums_of_parts(shape, axis, sizes):
+    """Parts that are whole tiles, that are not, along any axis: of the sum over all devices."""
+    mesh = sharding.make_mesh(*sizes)
+    arrays = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    rows = P(placement.BATCH_AXES)
+
+    def own(array):
+        return placement.sum_of_parts(array[0], axis)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        split = P(*[None] * axis, placement.FSDP)
+        found = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=rows, out_specs=split, check_vma=False))(arrays)
+    assert {shard.data.shape[axis] for shard in found.addressable_shards} == {shape[axis] // sizes[1]}
+    np.testing.assert_allclose(found, arrays.sum(0), rtol=1e-5, atol=1e-5)
 
 
 @eight_devices
