@@ -54,7 +54,9 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
     placed, stages = run.placed(layout), stages_of(config, run)
     programs, earlier = {}, []
     for name in names:
-        programs[name] = examine(name, trace(name, placed, layout, stages[-1].terms), where, layout, request.compiled)
+        traced = trace(name, placed, layout, stages[-1].terms)
+        known = examine(name, traced, split_inputs(placed), where.chips)
+        programs[name] = compile_program(traced, known, layout.mesh.shape["fsdp"]) if request.compiled else known
     if GENERATOR in names:
         works = [measure(trace(GENERATOR, placed, layout, stage.terms).jaxpr) for stage in stages[:-1]]
         earlier = [*(work.flops / where.chips for work in works), programs[GENERATOR].flops]
@@ -138,16 +140,23 @@ def trace(name: str, run: Any, layout: Any, terms: Any) -> Any:
     return jitted.trace(run.state, run.frozen, run.batch)
 
 
-def examine(name: str, traced: Any, where: topology.Slice, layout: Any, compiled: bool) -> Program:
-    """What a traced program does, and what the compiler makes of it."""
+def split_inputs(run: Any) -> list[bool]:
+    """Of each array that a program is given, whether its parts lie on several devices."""
+    import jax
+
+    return [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((run.state, run.frozen, run.batch))]
+
+
+def examine(name: str, traced: Any, split: list[bool], chips: int) -> Program:
+    """What a traced program does."""
     from dmdr_jax.planning.work import measure
 
-    work = measure(traced.jaxpr)
-    known = Program(name, work.flops / where.chips, work.traffic / where.chips, work.gathered)
-    return compile_program(traced, known, layout.mesh.shape["fsdp"]) if compiled else known
+    work = measure(traced.jaxpr, split)
+    return Program(name, work.flops / chips, work.traffic / chips, work.gathered)
 
 
 def compile_program(traced: Any, known: Program, fsdp: int) -> Program:
+    """And what the compiler makes of it."""
     from dmdr_jax.planning import hlo
 
     start = time.perf_counter()

@@ -6,7 +6,7 @@ those of matrix products and convolutions, two to a multiply-add, and of device 
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -31,15 +31,16 @@ class Work:
         return Work(self.flops * times, self.traffic * times, self.gathered * times)
 
 
-def measure(jaxpr: Any) -> Work:
+def measure(jaxpr: Any, split: Sequence[bool] | None = None) -> Work:
     """The work of a (closed) jaxpr and of all it calls.
 
     A `while` whose turns are unknown counts once, a `cond` as its dearest branch.
+
+    Args:
+      split: of each input, whether its parts lie on several devices: what is made of inputs that are whole everywhere
+        need not be gathered. None: all of them may be.
     """
-    total = Work()
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        total += _one(equation)
-    return total
+    return _walk(jaxpr, split)[0]
 
 
 def count(jaxpr: Any) -> float:
@@ -47,24 +48,54 @@ def count(jaxpr: Any) -> float:
     return measure(jaxpr).flops
 
 
-def _one(equation: Any) -> Work:
+Found = tuple[Work, list[bool]]
+"""Some work, and which of its results come from what is split."""
+
+
+def _walk(jaxpr: Any, split: Sequence[bool] | None) -> Found:
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    known = dict.fromkeys(inner.invars, True) if split is None else dict(zip(inner.invars, split, strict=True))
+
+    def comes_from_split(variable: Any) -> bool:
+        is_literal = hasattr(variable, "val")
+        return not is_literal and known.get(variable, split is None)
+
+    total = Work()
+    for equation in inner.eqns:
+        work, results = _one(equation, [comes_from_split(variable) for variable in equation.invars])
+        total += work
+        known.update(zip(equation.outvars, results, strict=True))
+    return total, [comes_from_split(variable) for variable in inner.outvars]
+
+
+def _one(equation: Any, given: list[bool]) -> Found:
     name, parameters = equation.primitive.name, equation.params
+    mixed = [any(given)] * len(equation.outvars)
     if name == "dot_general":
-        return Work(2 * equation.outvars[0].aval.size * _contracted(equation), _bytes(equation))
+        return Work(2 * equation.outvars[0].aval.size * _contracted(equation), _bytes(equation)), mixed
     if name == "conv_general_dilated":
-        return Work(2 * equation.outvars[0].aval.size * _kernel_size(equation), _bytes(equation))
+        return Work(2 * equation.outvars[0].aval.size * _kernel_size(equation), _bytes(equation)), mixed
     if name == "scan":
-        return measure(parameters["jaxpr"]) * parameters["length"]
+        first, carried = parameters["num_consts"], parameters["num_carry"]
+        given = [*given[:first], *[any(given)] * carried, *given[first + carried :]]
+        work, results = _walk(parameters["jaxpr"], given)
+        return work * parameters["length"], results
     if name == "cond":
-        return max((measure(branch) for branch in parameters["branches"]), key=lambda work: work.flops)
+        branches = [_walk(branch, given[1:]) for branch in parameters["branches"]]
+        return max((work for work, _ in branches), key=lambda work: work.flops), mixed
     if name == "pallas_call":
-        return _kernel(equation)
+        return _kernel(equation), mixed
     if name == "name":
-        return _named(equation)
-    inner = sum((measure(j) for value in parameters.values() for j in _jaxprs(value)), Work())
+        return _named(equation) if given[0] else Work(), given
+    work, results = Work(), mixed
+    for jaxpr in (jaxpr for value in parameters.values() for jaxpr in _jaxprs(value)):
+        arguments = len(getattr(jaxpr, "jaxpr", jaxpr).invars)
+        own, found = _walk(jaxpr, given if arguments == len(given) else [any(given)] * arguments)
+        work += own
+        results = found if len(found) == len(mixed) else mixed
     if name == "shard_map":  # its body is what one device does
-        return dataclasses.replace(inner * parameters["mesh"].size, gathered=inner.gathered)
-    return inner
+        return dataclasses.replace(work * parameters["mesh"].size, gathered=work.gathered), results
+    return work, results
 
 
 def _kernel(equation: Any) -> Work:

@@ -48,3 +48,30 @@ def test_gathers_are_counted_by_what_the_program_asks_for(fsdp, times):
     work = measure(jax.make_jaxpr(jax.grad(loss))(params))
     assert work.gathered == times * 512 * 512 * 4
     assert work.flops == 3 * 2 * 8 * 512 * 512  # forward, again, and the kernel's gradient
+
+
+def test_what_is_whole_everywhere_is_not_gathered():
+    """A frozen kernel that every device has whole beside LoRA factors that are split, in a loop, forward and back."""
+    layer = Dense(512)
+    x = jnp.zeros((8, 512))
+    kernels = {"kernel": jnp.zeros((3, 512, 512)), "bias": jnp.zeros((3, 512))}
+    deltas = {"a": jnp.zeros((3, 512, 128)), "b": jnp.zeros((3, 128, 512))}
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    def loss(deltas, kernels):
+        @jax.checkpoint
+        def block(x, own):
+            kernel, delta = own
+            return jnp.sin(layer.apply({"params": kernel, "lora": {"kernel": delta}}, x)), None
+
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.lax.scan(block, x, (kernels, deltas))[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(deltas, kernels)
+    leaves = jax.tree.leaves((deltas, kernels))
+    factors = 2 * 3 * 2 * 512 * 128 * 4  # forward, and computed again
+    base = 2 * 3 * 512 * 512 * 4
+    assert measure(jaxpr).gathered == factors + base
+    split = [leaf.shape[1:] in ((512, 128), (128, 512)) for leaf in leaves]
+    assert measure(jaxpr, split).gathered == factors
+    assert measure(jaxpr, [False] * len(leaves)).gathered == 0
