@@ -222,8 +222,8 @@ def test_a_small_run_compiles_for_eight_chips():
 
 @needs_libtpu
 def test_gradients_are_summed_in_parts_whatever_their_shape():
-    """Kernels of SDXL (its 960 to 640 convolution among them) and LoRA factors whose parts are not whole tiles."""
-    shapes = ["3,3,960,640", "3,3,320,640", "3,3,1920,64", "1536,64", "64,1536"]
+    """Kernels of SDXL whose parts are not whole tiles, or that are 1 x 1, and LoRA factors."""
+    shapes = ["3,3,960,640", "3,3,320,640", "1,1,2560,1280", "3,3,1920,64", "1536,64", "64,1536"]
     line = [sys.executable, "-m", "tests.models.placement_program", *shapes]
     result = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

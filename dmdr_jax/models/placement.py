@@ -135,6 +135,8 @@ def sum_of_parts(array: Array, axis: int) -> Array:
     A TPU keeps arrays in tiles of the last two axes. Where the parts are not whole tiles its compiler would sum all of
     the array on every device; there the parts are first laid out one after the other, each filled up to whole tiles.
     """
+    if axis and array.shape[0] == 1:  # a convolution of one pixel is summed as the matrix that it is
+        return sum_of_parts(array[0], axis - 1)[None]
     parts = axis_size(FSDP)
     rows, lanes = TILE
     if axis < array.ndim - 1 and array.shape[axis] // parts % rows == 0 and array.shape[-1] % lanes == 0:

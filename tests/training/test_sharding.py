@@ -315,7 +315,15 @@ NETWORK = MMDiTConfig(
 @eight_devices
 @pytest.mark.parametrize(
     "shape, axis",
-    [((256, 128), 0), ((3, 3, 24, 10), 2), ((3, 3, 10, 64), 3), ((40,), 0), ((128, 100), 0), ((8, 256), 1)],
+    [
+        ((256, 128), 0),
+        ((3, 3, 24, 10), 2),
+        ((3, 3, 10, 64), 3),
+        ((40,), 0),
+        ((128, 100), 0),
+        ((8, 256), 1),
+        ((1, 1, 256, 128), 2),
+    ],
 )
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8)])
 def test_eight_way_sums_of_parts(shape, axis, sizes):
