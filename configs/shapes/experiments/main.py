@@ -3,7 +3,8 @@
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/main.py --out=runs/main --jobs=2
           main.py:sdxl and main.py:sdxl_1step are the same for the SDXL-shaped teacher, with 4 steps and with 1.
 
-Equal generator updates for all; DMD then reward spends half of them on each. The paper's Table 1 and Figure 10.
+Equal generator updates for all; DMD then reward spends half of them on each. The paper's Table 1 and Figure 10. With the SDXL
+shape, which still learns after 500 updates, DMDR is trained for twice as long as well.
 """
 
 from collections.abc import Mapping
@@ -63,6 +64,9 @@ def make(name: str, shape: str, updates: int, every: int, settings: Mapping[str,
         ),
         Row("dmdr", "DMDR", config=config, overrides=common),
     )
+    twice = common | {"steps": 2 * updates}
+    longer = (Row("dmdr_twice", "DMDR, twice as long", config=config, overrides=twice, after="dmdr"),)
+    rows += longer if shape == "sdxl" else ()
     measures = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
     return Experiment(
         name=name,
@@ -78,11 +82,12 @@ def make(name: str, shape: str, updates: int, every: int, settings: Mapping[str,
             ("dmd", "teacher"),
             ("dmd_then_reward", "dmd"),
             ("reward", "teacher"),
+            *((row.label, other) for row in rows if row.label == "dmdr_twice" for other in ("teacher", "dmdr")),
         ),
         tasks=True,
         figures=(
             Bars(measures),
-            Curves(measures, ("dmd", "reward", "dmd_then_reward", "dmdr")),
+            Curves(measures, tuple(row.label for row in rows if row.config)),
             Pareto("strict", "nfe"),
         ),
     )
