@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     c.batch = 192  # prompts per update, over all devices
     c.seed = 30  # of first weights, prompts and noise
     c.t5 = True  # False: SD3 without its T5, the largest of its networks in memory, with zeros in place of its tokens
+    c.encode_once = False  # True: the text encoders read all prompts first and leave; the host keeps what they made
     c.t5_length = 256  # tokens of SD3's T5; the authors trained with 128
     c.reward_decoder = ""  # an AutoencoderTiny folder (TAESDXL) to decode with for rewards, in place of the model's own
     c.height = 0  # pixels; 0: the model's own size

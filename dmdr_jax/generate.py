@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,13 +92,13 @@ def row_keys(seed: int, rows: Sequence[int]) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("networks", "recipe"))
-def _draw(networks: "_Networks", recipe: Recipe, params: Tree, weights: Weights, ids, empty_ids, noise, keys) -> Array:
+def _draw(networks: "_Networks", recipe: Recipe, params: Tree, weights: Weights, text, empty, noise, keys) -> Array:
     modules = dict(networks.modules)
     denoiser = Denoiser(modules[denoiser_of(modules)], networks.process)
     factor = modules["vae"].config.downsampling
     size = noise.shape[1] * factor, noise.shape[2] * factor
-    cond = encode(modules, params, ids, size)
-    uncond = encode_uncond(modules, params, empty_ids, size, networks.zero_uncond) if recipe.guided else None
+    cond = encode(modules, params, text, size)
+    uncond = encode_uncond(modules, params, empty, size, networks.zero_uncond) if recipe.guided else None
 
     def output_fn(z, t):
         return denoiser.guided_output(weights, z, t, cond, uncond, recipe.guidance)
@@ -105,6 +106,14 @@ def _draw(networks: "_Networks", recipe: Recipe, params: Tree, weights: Weights,
     first = noise * recipe.initial_scale
     latents = sample(output_fn, denoiser.process, recipe.kernel, first, recipe.grid, keys)
     return jnp.clip(decode_images(modules["vae"], params["vae"], latents), 0.0, 1.0)
+
+
+def _put(tree: Tree, sharding: jax.sharding.NamedSharding | None) -> Tree:
+    """Arrays ``[b, ...]`` split over devices; what has one axis is for all rows, whole."""
+    if sharding is None:
+        return jax.device_put(tree)
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, jax.tree.map(lambda x: sharding if x.ndim > 1 else whole, tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,7 @@ def draw_images(
     seed: int = 0,
     places: Sequence[int] | None = None,
     params: Mapping[str, Tree] | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int], Any] = lambda drawn: None,
 ) -> np.ndarray:
     """Images ``[n, H, W, 3]`` float32 in [0, 1], in the prompts' order.
@@ -149,15 +158,16 @@ def draw_images(
     params.pop(pipeline.denoiser, None)
     zeros = negative_prompt is None and pipeline.zero_uncond
     networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros)
-    empty = tokenize(pipeline, [negative_prompt or ""])
+    read = partial(tokenize, pipeline) if pipeline.encoded is None else pipeline.encoded.of
+    empty = read([negative_prompt or ""])
     batch = batch if sharding else min(batch, len(prompts))
     places = range(len(prompts)) if places is None else places
     images = []
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
-        ids, keys = tokenize(pipeline, [prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
-        ids, first = jax.device_put((ids, noise[rows]), sharding)  # over several hosts jax takes no keys here
-        drawn = _draw(networks, recipe, params, weights, ids, empty, first, keys)
+        text, keys = read([prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
+        text, first = _put((text, noise[rows]), sharding)  # over several hosts jax takes no keys here
+        drawn = _draw(networks, recipe, params, weights, text, empty, first, keys)
         images.append(on_host(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)

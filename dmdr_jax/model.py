@@ -10,7 +10,7 @@ import numpy as np
 
 from dmdr_jax.diffusers_io.hub import locate_lora
 from dmdr_jax.diffusers_io.lora_file import read_lora
-from dmdr_jax.diffusers_io.pipeline import Pipeline, load_pipeline, without_t5
+from dmdr_jax.diffusers_io.pipeline import Pipeline, components_of, load_pipeline
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
@@ -145,7 +145,7 @@ def open_checkpoint(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -
 def _load(name: str, dtype: Any, variant: str | None, t5: bool) -> Pipeline:
     """The pipeline; without T5 it is one that has none, also where it is written out again."""
     name = resolve(name)
-    pipeline = load_pipeline(name, None if t5 else without_t5(name), dtype, variant=variant)
+    pipeline = load_pipeline(name, None if t5 else components_of(name, optional=False), dtype, variant=variant)
     if not t5:
         pipeline.configs = {component: pipeline.configs[component] for component in pipeline.params}
     pipeline.attend_with(kernel_for())

@@ -65,6 +65,7 @@ class Pipeline:
       tokenizers: the tokenizer of each loaded text encoder, by the encoder's name.
       variant: the variant the weights were read from.
       student: `STUDENT_FILE` where the folder is an exported student, else None.
+      encoded: `dmdr_jax.diffusers_io.text.Encoded`, what is known of prompts where the text encoders are not loaded.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Pipeline:
     tokenizers: dict[str, Any]
     variant: str | None = None
     student: Config | None = None
+    encoded: Any = None
 
     @property
     def kind(self) -> Family:
@@ -314,11 +316,12 @@ def read_configs(folder: Path) -> tuple[Config, Config, dict[str, Config]]:
     return model_index, read_json(folder / _SCHEDULER), configs
 
 
-def without_t5(name: str) -> list[str]:
-    """The components of a pipeline (named as for `load_pipeline`) that it cannot be without: all but SD3's T5."""
+def components_of(name: str, optional: bool = True) -> list[str]:
+    """The components of a pipeline (named as for `load_pipeline`), with or without what it can do without: SD3's T5."""
     folder = hub.locate_configs(name)
     model_index, _, configs = read_configs(folder)
-    return [component for component in configs if component not in hub.family_of(model_index, folder).optional]
+    left_out = () if optional else hub.family_of(model_index, folder).optional
+    return [component for component in configs if component not in left_out]
 
 
 def _present(folder: Path, model_index: Config, family: Family) -> list[str]:

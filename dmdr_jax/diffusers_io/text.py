@@ -24,10 +24,13 @@ import numpy as np
 from dmdr_jax.diffusers_io.components import SD3, SDXL, denoiser_of
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.errors import UserError
-from dmdr_jax.models.conditioning import Conditioning
+from dmdr_jax.models.conditioning import Conditioning, map_rows
 
 Array = jax.Array
 Tree = Any
+
+Text = Mapping[str, Array] | Conditioning
+"""Prompts as token ids ``[b, n]`` by text encoder, or what the text encoders made of them."""
 
 CLIP_TOWERS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -63,10 +66,32 @@ def tokenize(
     return {name: _ids(tokenizer, prompts, lengths[name]) for name, tokenizer in pipeline.tokenizers.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What the text encoders made of some prompts, in the host's memory: they themselves need not stay.
+
+    Attributes:
+      rows: of each prompt, its row.
+      cond: of all rows, NumPy arrays.
+    """
+
+    rows: Mapping[str, int]
+    cond: Conditioning
+
+    def of(self, prompts: Sequence[str]) -> Conditioning:
+        """Rows of the prompts, on the host; UserError where one is not there."""
+        unknown = [prompt for prompt in prompts if prompt not in self.rows]
+        if unknown:
+            told = f"the prompt {unknown[0]!r} was not encoded before the text encoders left"
+            raise UserError(f"{told}; set config.encode_once=False.")
+        index = np.asarray([self.rows[prompt] for prompt in prompts])
+        return map_rows(lambda x: x[index], self.cond)
+
+
 def encode(
     modules: Mapping[str, nn.Module],
     params: Mapping[str, Tree],
-    ids: Mapping[str, Array],
+    ids: Text,
     size: tuple[int, int],
     max_sequence_length: int = MAX_SEQUENCE_LENGTH,
 ) -> Conditioning:
@@ -75,7 +100,7 @@ def encode(
     Args:
       modules: of the pipeline; the denoiser's config gives the width of the tokens.
       params: parameter trees of the text encoders (more does no harm).
-      ids: from `tokenize`: ``[b, n]`` by text encoder.
+      ids: from `tokenize`: ``[b, n]`` by text encoder; what is encoded already stays as it is.
       size: height and width of the images in pixels, which SDXL is told.
       max_sequence_length: number of T5 tokens that are stood for where ids has none for T5.
 
@@ -83,6 +108,8 @@ def encode(
       Conditioning with ``prompt_embeds [b, n + m, d]`` and ``pooled [b, p]``, in the encoders' dtype; for SD3
       m is T5's length, or 1 with a ``key_bias`` where there is no T5; for SDXL m = 0 and there are ``time_ids``.
     """
+    if isinstance(ids, Conditioning):
+        return ids
     towers: list[Any] = [modules[name].apply({"params": params[name]}, ids[name]) for name in CLIP_TOWERS]
     tokens = jnp.concatenate([tower.penultimate for tower in towers], axis=-1)
     if denoiser_of(modules) == SDXL.denoiser:
@@ -116,7 +143,7 @@ def zeroed(cond: Conditioning) -> Conditioning:
 def encode_uncond(
     modules: Mapping[str, nn.Module],
     params: Mapping[str, Tree],
-    ids: Mapping[str, Array],
+    ids: Text,
     size: tuple[int, int],
     zeros: bool,
 ) -> Conditioning:

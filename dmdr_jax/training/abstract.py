@@ -24,6 +24,7 @@ from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.mesh_choice import Residents, residents
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
+from dmdr_jax.training.text import is_text_encoder
 
 Tree = Any
 
@@ -88,6 +89,8 @@ class AbstractRun:
         text: Any = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
         cond = _encoded(encode, config, pipeline, plan, config.batch, max_sequence_length=config.t5_length)
         batch = Batch(cond, {reward.spec.name: text for reward in rewards})
+        if config.encode_once:
+            pipeline.params = {name: tree for name, tree in pipeline.params.items() if not is_text_encoder(name)}
         return cls(plan, terms, state, frozen, batch, pipeline)
 
     def residents(self) -> Residents:

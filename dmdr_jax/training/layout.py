@@ -56,11 +56,15 @@ class Layout:
 
         return jax.tree.map(put, tree)
 
+    def put_rows(self, tree: Tree) -> Tree:
+        """The same, where what has one axis is for all rows and whole."""
+        return jax.tree.map(_place, tree, self.batch_shardings(tree))
+
     def replicate(self, tree: Tree) -> Tree:
         """One copy of each array on every device."""
         return jax.tree.map(lambda x: _place(x, sharding.replicated(self.mesh)), tree)
 
-    def drawing(self, images: int) -> tuple[int, jax.sharding.Sharding | None]:
+    def drawing(self, images: int) -> tuple[int, jax.sharding.NamedSharding | None]:
         """How many of so many images to draw at a time, and how they are split: evenly over all devices."""
         devices = sharding.batch_parts(self.mesh)
         if devices == 1:

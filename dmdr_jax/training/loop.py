@@ -15,12 +15,10 @@ from dmdr_jax import __version__, methods
 from dmdr_jax.data.prompts import PromptStream, all_prompts, not_blank
 from dmdr_jax.data.survey import Survey, survey_large
 from dmdr_jax.diffusers_io.pipeline import Pipeline
-from dmdr_jax.diffusers_io.text import encode, encode_uncond, tokenize
+from dmdr_jax.diffusers_io.text import encode_uncond, tokenize
 from dmdr_jax.evaluation.environment import command, commit, versions
-from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates, stage
 from dmdr_jax.rewards.base import Reward
-from dmdr_jax.rewards.feature_cache import BatchFeatures
 from dmdr_jax.training import calibration, disk, mesh_choice, ode, runtime, setup
 from dmdr_jax.training.abstract import AbstractRun
 from dmdr_jax.training.ahead import Ahead
@@ -33,6 +31,7 @@ from dmdr_jax.training.real_images import load_real
 from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report, save
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan
+from dmdr_jax.training.text import make_encoder, text_params
 from dmdr_jax.training.watch import Watch
 from dmdr_jax.workdir import CHECKPOINTS, CONFIG
 
@@ -62,7 +61,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     prompts = not_blank(texts, config.prompts)
     layout = mesh_choice.make_layout(config.mesh, lambda: AbstractRun.of(config).residents())
     setup.check_batches(config, layout)
-    pipeline = setup.load_teacher(config, layout)
+    pipeline = setup.load_teacher(config, layout, prompts)
     rewards = setup.load_rewards(config)
     held_out = setup.held_out_rewards(config, rewards)
     terms = setup.make_terms(config, rewards)
@@ -81,7 +80,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     if config.generator.lora.start and checkpoints.latest() is None:
         generator = setup.generator_from_file(config, pipeline, plan)
     if config.ode.steps and checkpoints.latest() is None:
-        text = make_encoder(config, pipeline, plan, (), layout)
+        text = make_encoder(config, pipeline, plan.image_size, (), layout)
         generator = ode.pretrain(config, pipeline, plan, frozen, prompts, text, layout, preview, meta, workdir, stop)
         if generator is None:
             checkpoints.close()
@@ -96,11 +95,11 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     stream = PromptStream(prompts, config.batch, config.seed)
     skipped = Skipped() if skips else None
     shown = [*SHOWN, *(f"reward/{reward.spec.name}" for reward in rewards)]
-    encode_batch = make_encoder(config, pipeline, plan, rewards, layout)
+    encode_batch = make_encoder(config, pipeline, plan.image_size, rewards, layout)
 
-    def tokens(n: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    def tokens(n: int) -> tuple[list[str], dict[str, np.ndarray] | None]:
         chosen = stream.batch(n)
-        return chosen, tokenize(pipeline, chosen, config.t5_length)
+        return chosen, None if pipeline.encoded else tokenize(pipeline, chosen, config.t5_length)
 
     updates = Updates(plan, terms, layout)
     with (
@@ -183,45 +182,14 @@ def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward
     """The frozen networks on their devices, and the unconditional prompt."""
     zeros = setup.zero_uncond(config, pipeline)
     encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, size=plan.image_size, zeros=zeros))
-    encoded = encode_empty(text_params(pipeline), tokenize(pipeline, [""], config.t5_length))
+    empty = tokenize(pipeline, [""], config.t5_length) if pipeline.encoded is None else pipeline.encoded.of([""])
     return Frozen(
         base=pipeline.params[pipeline.denoiser],
         vae=setup.reward_decoder(pipeline.params),
         rewards={reward.spec.name: layout.place_reward(reward) for reward in rewards},
-        uncond=layout.replicate(encoded),
+        uncond=layout.replicate(encode_empty(text_params(pipeline), empty)),
         real=layout.replicate(load_real(config, pipeline, plan)),
     )
-
-
-def text_params(pipeline: Pipeline) -> dict[str, Any]:
-    return {name: tree for name, tree in pipeline.params.items() if name.startswith("text_encoder")}
-
-
-def make_encoder(
-    config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout
-) -> Callable[..., Batch]:
-    """Prompts (and their token ids, where they are there already) to a `Batch` on the devices; nothing waits for it."""
-    params = text_params(pipeline)
-    fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)
-
-    def encode_rows(params: Any, ids: dict[str, Array]) -> Conditioning:
-        with layout.scope():
-            return encode(pipeline.modules, params, ids, **fixed)
-
-    shapes = {
-        name: jax.ShapeDtypeStruct(ids.shape, ids.dtype)
-        for name, ids in tokenize(pipeline, [""] * config.batch, config.t5_length).items()
-    }
-    where = layout.batch_shardings(jax.eval_shape(encode_rows, params, shapes))
-    encode_text = jax.jit(encode_rows, out_shardings=where)
-    reward_features = {reward.spec.name: BatchFeatures(reward, layout.put_batch) for reward in rewards}
-
-    def encode_batch(prompts: Sequence[str], ids: dict[str, np.ndarray] | None = None) -> Batch:
-        ids = layout.put_batch(tokenize(pipeline, prompts, config.t5_length) if ids is None else ids)
-        features = {name: of(prompts) for name, of in reward_features.items()}
-        return Batch(encode_text(params, ids), features)
-
-    return encode_batch
 
 
 def survey_prompts(config: Any, pipeline: Pipeline, rewards: Sequence[Reward], texts: Sequence[str]) -> Survey:

@@ -33,6 +33,8 @@ def load_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages | None:
     """
     if plan.method.gan is None:
         return None
+    if pipeline.encoded is not None:
+        raise UserError("captions of config.gan.images want the text encoders: set config.encode_once=False.")
     images, captions = read_images(config.gan.images, plan.image_size)
     vae, params = pipeline.modules["vae"], pipeline.params
     encode_image = jax.jit(lambda p, x: latents_from_raw(vae.apply({"params": p}, x, method="encode")[0], vae.config))

@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs: networks, plan, terms, first state."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import optax
 from dmdr_jax import lora, methods
 from dmdr_jax.diffusers_io.hub import locate_lora
 from dmdr_jax.diffusers_io.lora_file import read_lora, start_from
-from dmdr_jax.diffusers_io.pipeline import Pipeline, load_network, load_pipeline, without_t5
+from dmdr_jax.diffusers_io.pipeline import Pipeline, components_of, load_network, load_pipeline
 from dmdr_jax.diffusion.denoiser import Denoiser
 from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.process import Flow, Process
@@ -31,6 +31,7 @@ from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
 from dmdr_jax.training.step import FAKE_DATA, Plan
+from dmdr_jax.training.text import encode_all, is_text_encoder
 from dmdr_jax.training.watch import check_held_out
 
 Tree = Any
@@ -119,21 +120,37 @@ def check_batches(config: Any, layout: Layout) -> None:
     compose.check_groups(config, layout.mesh.size)
 
 
-def load_teacher(config: Any, layout: Layout) -> Pipeline:
-    """The frozen networks, in the configured types, each tensor placed as it arrives."""
+def load_teacher(config: Any, layout: Layout, prompts: Sequence[str] = ()) -> Pipeline:
+    """The frozen networks, in the configured types, each tensor placed as it arrives.
+
+    Args:
+      prompts: of the run. Where ``config.encode_once`` says so the text encoders come first, read all of them and
+        leave before anything else is loaded.
+    """
     base = choice("config.base_dtype", config.base_dtype, DTYPES)
     compute = choice("config.compute_dtype", config.compute_dtype, DTYPES)
     if not config.model:
         raise UserError("config.model is empty: give a diffusers folder, a hub id, shapes:sd3 or shapes:sdxl.")
     name = resolve(config.model)
-    pipeline = load_pipeline(
+    load = partial(
+        load_pipeline,
         name,
-        components=None if config.t5 else without_t5(name),
         dtype=base,
         compute_dtype=compute,
         sharding=layout.component_shardings,
         variant=config.variant or None,
     )
+    wanted = components_of(name, optional=config.t5)
+    if config.encode_once:
+        towers = load(components=[component for component in wanted if is_text_encoder(component)])
+        height, width, _ = latent_shape(config, towers)
+        factor = towers.modules["vae"].config.downsampling
+        encoded = encode_all(config, towers, (height * factor, width * factor), prompts, layout)
+        towers.params.clear()
+        pipeline = load(components=[component for component in wanted if not is_text_encoder(component)])
+        pipeline.tokenizers, pipeline.encoded = towers.tokenizers, encoded
+    else:
+        pipeline = load(components=wanted)
     set_remat(config, pipeline)
     set_attention(config, pipeline, layout.mesh)
     if config.reward_decoder:

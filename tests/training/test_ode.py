@@ -19,10 +19,11 @@ from dmdr_jax.model import open_model
 from dmdr_jax.training import disk, ode, setup
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.layout import Layout
-from dmdr_jax.training.loop import freeze, make_encoder, run_metadata, train
+from dmdr_jax.training.loop import freeze, run_metadata, train
 from dmdr_jax.training.metrics import read_metrics
 from dmdr_jax.training.ode_pairs import PairStore
 from dmdr_jax.training.step import generator_weights
+from dmdr_jax.training.text import make_encoder
 from tests import tiny_pipelines
 from tests.training import tiny
 from tests.training.conftest import leaves_equal
@@ -153,7 +154,7 @@ def run(request, tmp_path_factory, prompts_file):
         workdir / "ode", ode.describe_pairs(config, pipeline, stage, tiny.PROMPTS, meta), plan.latent_shape
     )
     prompts = PromptStream(tiny.PROMPTS, config.ode.pairs, config.seed).batch(0)
-    pairs = ode.Pairs(prompts, store, make_encoder(config, pipeline, plan, (), layout), layout)
+    pairs = ode.Pairs(prompts, store, make_encoder(config, pipeline, plan.image_size, (), layout), layout)
     ode.draw_pairs(stage, pairs, frozen, config.ode.batch)
     return SimpleNamespace(**locals())
 

@@ -12,8 +12,9 @@ from dmdr_jax.generate import decode_images
 from dmdr_jax.objectives.base import active_terms
 from dmdr_jax.training import setup
 from dmdr_jax.training.layout import Layout
-from dmdr_jax.training.loop import freeze, generator_turn, make_encoder
+from dmdr_jax.training.loop import freeze, generator_turn
 from dmdr_jax.training.step import fake_step, generator_step, generator_weights
+from dmdr_jax.training.text import make_encoder
 from tests.training import tiny
 from tests.training.conftest import leaves_equal
 
@@ -27,7 +28,7 @@ def run(request, teacher, prompts_file, reward_folder):
     pipeline, rewards = setup.load_teacher(config, layout), setup.load_rewards(config)
     plan = setup.make_plan(config, pipeline, rewards)
     frozen = freeze(config, pipeline, plan, rewards, layout)
-    batch = make_encoder(config, pipeline, plan, rewards, layout)(tiny.PROMPTS[:3])
+    batch = make_encoder(config, pipeline, plan.image_size, rewards, layout)(tiny.PROMPTS[:3])
     terms, state = setup.make_terms(config, rewards), setup.make_state(config, pipeline.family, plan, frozen.base)
     return Run(plan, terms, state, frozen, batch)
 
