@@ -8,6 +8,7 @@ import numpy as np
 
 from dmdr_jax.training.abstract import AbstractRun
 from dmdr_jax.training.layout import Layout
+from dmdr_jax.training.text import text_params
 
 Tree = Any
 
@@ -18,8 +19,8 @@ HOLDERS = ("base", "trained", "optimiser", "ema", "kept", "vae", "rewards", "tex
 def held(run: AbstractRun, layout: Layout) -> dict[str, float]:
     """Bytes on one device by holder, of a placed run (`AbstractRun.placed`)."""
     state, frozen = run.state, run.frozen
-    text = {n: t for n, t in run.pipeline.params.items() if n.startswith("text_encoder")}
-    placed_text = {n: layout.with_shardings(t, layout.component_shardings(n, t)) for n, t in text.items()}
+    text = text_params(run.pipeline).items()
+    placed_text = {n: layout.with_shardings(t, layout.component_shardings(n, t)) for n, t in text}
     reward_text = [layout.whole(reward.text_params) for reward in run.plan.rewards if hasattr(reward, "text_params")]
     trees: dict[str, Tree] = {
         "base": frozen.base,

@@ -20,6 +20,7 @@ from dmdr_jax.errors import UserError
 from dmdr_jax.models.autoencoder import latents_from_raw
 from dmdr_jax.models.conditioning import concatenate
 from dmdr_jax.training.plan import Plan, RealImages
+from dmdr_jax.training.text import text_params
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 16
@@ -40,7 +41,7 @@ def load_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages | None:
     encode_image = jax.jit(lambda p, x: latents_from_raw(vae.apply({"params": p}, x, method="encode")[0], vae.config))
     fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)
     encode_text = jax.jit(partial(encode, pipeline.modules, **fixed))
-    towers = {name: tree for name, tree in params.items() if name.startswith("text_encoder")}
+    towers = text_params(pipeline)
     latents, features = [], []
     for start in range(0, len(images), BATCH):
         part = slice(start, start + BATCH)

@@ -40,8 +40,6 @@ HEARTBEAT_SECONDS = 100
 LEAVE_SECONDS = 30
 """How long a process that ends waits for the others to end as well."""
 
-"""Folder of a run's compiled programs in its workdir."""
-
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses, as `dmdr_jax.cli` has them
 

@@ -37,14 +37,17 @@ def rewards_from(step: int, ramp: int = RAMP) -> dict[str, int]:
 
 
 def get_experiment(shape: str = "sd3") -> Experiment:
-    return make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {})
+    return make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, twice=shape == "sdxl")
 
 
-def make(name: str, shape: str, updates: int, every: int, settings: Mapping[str, Any]) -> Experiment:
+def make(
+    name: str, shape: str, updates: int, every: int, settings: Mapping[str, Any], twice: bool = False
+) -> Experiment:
     """The experiment at a length of one's own.
 
     Args:
       settings: of every trained row.
+      twice: a row of DMDR that goes on for as long again.
     """
     config, model, steps = SHAPES[shape]
     switch = updates // 2
@@ -64,9 +67,9 @@ def make(name: str, shape: str, updates: int, every: int, settings: Mapping[str,
         ),
         Row("dmdr", "DMDR", config=config, overrides=common),
     )
-    twice = common | {"steps": 2 * updates}
-    longer = (Row("dmdr_twice", "DMDR, twice as long", config=config, overrides=twice, after="dmdr"),)
-    rows += longer if shape == "sdxl" else ()
+    more = common | {"steps": 2 * updates}
+    longer = (Row("dmdr_twice", "DMDR, twice as long", config=config, overrides=more, after="dmdr"),) if twice else ()
+    rows += longer
     measures = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
     return Experiment(
         name=name,
@@ -82,7 +85,7 @@ def make(name: str, shape: str, updates: int, every: int, settings: Mapping[str,
             ("dmd", "teacher"),
             ("dmd_then_reward", "dmd"),
             ("reward", "teacher"),
-            *((row.label, other) for row in rows if row.label == "dmdr_twice" for other in ("teacher", "dmdr")),
+            *((row.label, other) for row in longer for other in ("teacher", "dmdr")),
         ),
         tasks=True,
         figures=(
