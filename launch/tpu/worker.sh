@@ -118,20 +118,20 @@ start() {
 
 # The run's parent: hands on SIGTERM, so that training saves, and writes down how it ended.
 supervise() {
-  local env="$1" child="" status=0 terminated=no
+  local env="$1" child="" status=0 terminated=no signalled
   shift
-  trap 'terminated=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+  trap 'terminated=yes signalled=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
   printf '\n== %s: python -m dmdr_jax.train %s\n' "$(date -u '+%Y-%m-%d %H:%M:%S UTC')" "$(words "$@")"
   [ -z "$env" ] || read_env "$env"
   cd "$CODE"
   PYTHONUNBUFFERED=1 "$VENV/bin/python" -m dmdr_jax.train "$@" 9>&- &
   child=$!
   [ "$terminated" = no ] || kill -TERM "$child" 2>/dev/null || true
-  # A signal ends `wait`, not the child.
-  while :; do
-    status=0
+  # A signal ends `wait`, whose status is then the signal's, also where the child has ended meanwhile.
+  signalled=yes
+  while [ "$signalled" = yes ]; do
+    signalled=no status=0
     wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break
   done
   if [ -e "$STOP_ASKED" ]; then
     echo "stopped $status" >"$ENDING"

@@ -255,6 +255,20 @@ def test_states_of_a_run(desk):
     until(lambda: states(desk) == ["killed -"])
 
 
+def test_a_signal_does_not_hide_how_training_ended(desk):
+    desk.up()
+    home = desk.home() / "dmdr"
+    python = home / "venv/bin/python"
+    python.write_text(f"#!/bin/bash\ntrap 'exit 3' TERM\ntouch '{home}/up'\nwhile :; do :; done\n")
+    for _ in range(50):  # the ending falls now before, now after the supervisor's next look
+        supervisor = subprocess.Popen(["bash", home / "code/launch/tpu/worker.sh", "supervise", ""])
+        until((home / "up").exists)
+        supervisor.terminate()
+        assert supervisor.wait(60) == 0
+        assert (home / "train.ending").read_text() == "killed 3\n"
+        (home / "up").unlink()
+
+
 def test_the_environment_file_reaches_the_run_and_no_command_line(desk):
     secrets = desk.google.disk / "my secrets.env"
     secrets.write_text("# for the hub\nTOKEN=hf_'$a b\n")
