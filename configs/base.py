@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
 
     c.preview = ConfigDict()  # grids of images in samples/ and TensorBoard
     c.preview.every = 250  # generator updates
-    c.preview.images = 16  # of a grid
+    c.preview.images = 16  # of a grid; 0: no grids
     c.preview.teacher_steps = 25  # of the sampler that draws the teacher's grid
 
     c.checkpoint = ConfigDict()

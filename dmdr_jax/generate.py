@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.arrays import on_host
 from dmdr_jax.diffusers_io.components import denoiser_of
 from dmdr_jax.diffusers_io.pipeline import Pipeline
-from dmdr_jax.diffusers_io.text import encode, encode_uncond, tokenize
+from dmdr_jax.diffusers_io.text import encode, encode_uncond, read_text
 from dmdr_jax.diffusion.ddpm_grids import euler_grid, initial_scale
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
 from dmdr_jax.diffusion.grids import flow_match_euler_sigmas
@@ -20,7 +20,6 @@ from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import Flow, Process
 from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.models.autoencoder import AutoencoderKL, raw_from_latents
-from dmdr_jax.rewards.feature_cache import on_host
 
 Array = jax.Array
 Tree = Any
@@ -143,14 +142,14 @@ def draw_images(
     """Images ``[n, H, W, 3]`` float32 in [0, 1], in the prompts' order.
 
     Args:
-      pipeline: loaded with VAE and text encoders.
+      pipeline: loaded with VAE and text encoders, or what these made of the prompts.
       weights: the denoiser to draw with (the teacher's parameters, or a student's).
       noise: initial latents ``[n, h, w, c]``.
       negative_prompt: what guidance leads away from; None for the pipeline's own, the empty prompt or zeros.
       batch: images per compiled call; the last one is padded, so that one program serves all.
       seed: randomness of stochastic kernels; an image depends on it and on its own place, not on its batch.
       places: of the images, where these prompts are some of a longer list; 0, 1, 2, ... by default.
-      params: text encoders and VAE; the pipeline's own by default.
+      params: text encoders (where they are loaded) and VAE; the pipeline's own by default.
       sharding: how a batch is split over devices that hold ``weights`` and ``params``; None: one device.
       progress: called with the number of images drawn, batch by batch.
     """
@@ -158,14 +157,13 @@ def draw_images(
     params.pop(pipeline.denoiser, None)
     zeros = negative_prompt is None and pipeline.zero_uncond
     networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros)
-    read = partial(tokenize, pipeline) if pipeline.encoded is None else pipeline.encoded.of
-    empty = read([negative_prompt or ""])
+    empty = read_text(pipeline, [negative_prompt or ""])
     batch = batch if sharding else min(batch, len(prompts))
     places = range(len(prompts)) if places is None else places
     images = []
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
-        text, keys = read([prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
+        text, keys = read_text(pipeline, [prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
         text, first = _put((text, noise[rows]), sharding)  # over several hosts jax takes no keys here
         drawn = _draw(networks, recipe, params, weights, text, empty, first, keys)
         images.append(on_host(drawn)[: len(prompts) - start])

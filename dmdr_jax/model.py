@@ -1,26 +1,32 @@
 """Opens whatever a user may want to draw with: a diffusers folder, a hub id, an exported student, a run."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dmdr_jax.diffusers_io.hub import locate_lora
 from dmdr_jax.diffusers_io.lora_file import read_lora
 from dmdr_jax.diffusers_io.pipeline import Pipeline, components_of, load_pipeline
+from dmdr_jax.diffusers_io.text import Encoded, encode_text, load_text_first, text_params, tokenize
 from dmdr_jax.diffusion.denoiser import Weights
 from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.errors import UserError
 from dmdr_jax.generate import Recipe, teacher_recipe
 from dmdr_jax.models.attention import kernel_for
+from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import disk
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.state import with_buffers
+
+EncodeAll = Callable[[Pipeline], Encoded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,30 +116,36 @@ def with_lora(model: Model, file: str, scale: float = 1.0, alpha: float | None =
     return dataclasses.replace(model, weights=Weights(model.weights.params, delta, scale * own))
 
 
-def open_model(path: str, dtype: Any = jnp.float32, use_ema: bool = True, t5: bool = True) -> Model:
+def open_model(
+    path: str, dtype: Any = jnp.float32, use_ema: bool = True, t5: bool = True, encode_all: EncodeAll | None = None
+) -> Model:
     """Opens a diffusers folder, a hub id, ``shapes:NAME``, or a run (its workdir, or one checkpoint in it).
 
     Args:
       t5: False leaves SD3's T5 out; a run says itself whether it was trained with it.
+      encode_all: what the text encoders make of all prompts that will be asked for (`encode_prompts`): they are
+        loaded first and alone, and leave before the rest is loaded. None: they stay.
 
     Raises:
       UserError: it is none of these, or something in it is missing or damaged.
     """
     folder = Path(resolve(path))
     if disk.is_remote(path) or (folder.is_dir() and not (folder / "model_index.json").exists()):
-        return open_checkpoint(path, dtype, use_ema)
-    pipeline = _load(path, dtype, None, t5)
+        return open_checkpoint(path, dtype, use_ema, encode_all)
+    pipeline = _load(path, dtype, None, t5, encode_all)
     return Model(pipeline, Weights(pipeline.params[pipeline.denoiser]))
 
 
-def open_checkpoint(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -> Model:
+def open_checkpoint(
+    path: str, dtype: Any = jnp.float32, use_ema: bool = True, encode_all: EncodeAll | None = None
+) -> Model:
     """A run's student on the teacher it was trained from (which is read from where the run read it)."""
     field = "ema" if use_ema else "generator"
     trees, meta = load_trained(path, (field,))
     if "student" not in meta or "teacher" not in meta:
         raise UserError(f"{path} was not written by dmdr_jax.train: its metadata names no teacher.")
     settings = meta["config"]
-    pipeline = _load(meta["teacher"], dtype, settings["variant"] or None, settings.get("t5", True))
+    pipeline = _load(meta["teacher"], dtype, settings["variant"] or None, settings.get("t5", True), encode_all)
     if pipeline.configs[pipeline.denoiser] != meta["model"]["denoiser"]:
         raise UserError(f"{path} was trained from another {pipeline.denoiser} than the one now in {meta['teacher']}.")
     base, scale = pipeline.params[pipeline.denoiser], meta["student"]["generator_lora_scale"]
@@ -142,11 +154,24 @@ def open_checkpoint(path: str, dtype: Any = jnp.float32, use_ema: bool = True) -
     return Model(pipeline, Weights(base, trees[field], scale), meta)
 
 
-def _load(name: str, dtype: Any, variant: str | None, t5: bool) -> Pipeline:
+def encode_prompts(
+    pipeline: Pipeline, prompts: Sequence[str], batch: int, progress: Callable[[int], Any] = lambda encoded: None
+) -> Encoded:
+    """What a pipeline's text encoders make of prompts, ``batch`` at a time, in the host's memory."""
+    program = jax.jit(partial(encode_text, pipeline.modules))
+
+    def encode_batch(texts: Sequence[str]) -> Conditioning:
+        return program(text_params(pipeline), tokenize(pipeline, texts))
+
+    return Encoded.make(prompts, batch, encode_batch, progress)
+
+
+def _load(name: str, dtype: Any, variant: str | None, t5: bool, encode_all: EncodeAll | None) -> Pipeline:
     """The pipeline; without T5 it is one that has none, also where it is written out again."""
     name = resolve(name)
-    pipeline = load_pipeline(name, None if t5 else components_of(name, optional=False), dtype, variant=variant)
+    load, wanted = partial(load_pipeline, name, dtype=dtype, variant=variant), components_of(name, optional=t5)
+    pipeline = load_text_first(load, wanted, encode_all) if encode_all else load(wanted)
     if not t5:
-        pipeline.configs = {component: pipeline.configs[component] for component in pipeline.params}
+        pipeline.configs = {component: pipeline.configs[component] for component in wanted}
     pipeline.attend_with(kernel_for())
     return pipeline

@@ -38,12 +38,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=("png", "npy"), default="png", help="npy: one images.npy [b, h, w, 3] in [0, 1]")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of networks and activations")
     p.add_argument("--no_t5", action="store_true", help="SD3 without its T5, which takes most of the memory")
+    p.add_argument(
+        "--encode_once",
+        action="store_true",
+        help="the text encoders read all prompts first and leave the device's memory before the rest is loaded",
+    )
     p.add_argument("--no_ema", action="store_true", help="of a run, the last weights in place of their average")
     return p
 
 
 def main(args: Any) -> None:
     import json
+    from functools import partial
     from pathlib import Path
 
     from dmdr_jax.data.prompts import load_prompts
@@ -60,9 +66,11 @@ def main(args: Any) -> None:
     from tqdm import tqdm
 
     from dmdr_jax.generate import draw_images, initial_noise
-    from dmdr_jax.model import open_model, with_lora
+    from dmdr_jax.model import encode_prompts, open_model, with_lora
 
-    model = open_model(args.model, getattr(jnp, args.dtype), use_ema=not args.no_ema, t5=not args.no_t5)
+    texts = [args.negative_prompt or "", *prompts]
+    encode_all = partial(encode_prompts, prompts=texts, batch=args.batch) if args.encode_once else None
+    model = open_model(args.model, getattr(jnp, args.dtype), not args.no_ema, not args.no_t5, encode_all)
     if args.lora:
         model = with_lora(model, args.lora, args.lora_scale, args.lora_alpha)
     size = image_size(model, args.height, args.width, latents)

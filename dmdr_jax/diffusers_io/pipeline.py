@@ -140,7 +140,7 @@ def load_pipeline(
     model_index, scheduler, configs = read_configs(folder)
     family, present = hub.family_of(model_index, folder), list(configs)
     loaded = present if wanted is None else _chosen(wanted, present, family, folder)
-    if variant and not any(safetensors_io.has_variant(folder / c, variant) for c in loaded):
+    if variant and not any(safetensors_io.has_variant(folder / c, variant) for c in present):
         raise UserError(f"{folder} has no weights of the variant {variant!r}; leave the variant out.")
 
     modules, params, tokenizers = {}, {}, {}

@@ -13,7 +13,8 @@ the bias ``log(MAX_SEQUENCE_LENGTH)`` in every attention is exactly the same and
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.arrays import on_host
 from dmdr_jax.diffusers_io.components import SD3, SDXL, denoiser_of
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.errors import UserError
@@ -29,8 +31,8 @@ from dmdr_jax.models.conditioning import Conditioning, map_rows
 Array = jax.Array
 Tree = Any
 
-Text = Mapping[str, Array] | Conditioning
-"""Prompts as token ids ``[b, n]`` by text encoder, or what the text encoders made of them."""
+Text = Mapping[str, Any] | Conditioning
+"""Prompts as token ids ``[b, n]`` by text encoder, or what the text encoders made of them (`encode_text`)."""
 
 CLIP_TOWERS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -78,42 +80,131 @@ class Encoded:
     rows: Mapping[str, int]
     cond: Conditioning
 
+    @classmethod
+    def make(
+        cls,
+        prompts: Sequence[str],
+        batch: int,
+        encode_batch: Callable[[Sequence[str]], Conditioning],
+        progress: Callable[[int], Any] = lambda encoded: None,
+    ) -> "Encoded":
+        """Encodes each prompt once.
+
+        Args:
+          batch: prompts that ``encode_batch`` is given at a time, always so many.
+          encode_batch: prompts to what `encode_text` gives, on the devices.
+          progress: called with the number of prompts encoded so far, batch by batch.
+        """
+        texts = list(dict.fromkeys(prompts))
+        table: Conditioning | None = None
+        for start in range(0, len(texts), batch):
+            rows = texts[start : start + batch]
+            part = jax.tree.map(on_host, encode_batch([*rows, *[""] * (batch - len(rows))]))
+            table = jax.tree.map(partial(_like, len(texts)), part) if table is None else table
+            jax.tree.map(partial(_fill, start, len(rows)), table, part)
+            progress(start + len(rows))
+        assert table is not None, "no prompt"
+        return cls({text: row for row, text in enumerate(texts)}, table)
+
     def of(self, prompts: Sequence[str]) -> Conditioning:
         """Rows of the prompts, on the host; UserError where one is not there."""
         unknown = [prompt for prompt in prompts if prompt not in self.rows]
         if unknown:
-            told = f"the prompt {unknown[0]!r} was not encoded before the text encoders left"
-            raise UserError(f"{told}; set config.encode_once=False.")
+            first = repr(unknown[0])
+            raise UserError(f"the prompt {first} was not encoded before the text encoders left; leave encode_once off.")
         index = np.asarray([self.rows[prompt] for prompt in prompts])
         return map_rows(lambda x: x[index], self.cond)
+
+    def __str__(self) -> str:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.cond))
+        return f"{len(self.rows)} prompts encoded, {size / 1e9:.2f} GB on the host"
+
+
+def _like(count: int, part: np.ndarray) -> np.ndarray:
+    """Room for all rows; what has one axis is for all rows."""
+    return part if part.ndim == 1 else np.empty((count, *part.shape[1:]), part.dtype)
+
+
+def _fill(start: int, count: int, table: np.ndarray, part: np.ndarray) -> None:
+    if part.ndim > 1:
+        table[start : start + count] = part[:count]
+
+
+def read_text(pipeline: Pipeline, prompts: Sequence[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Text:
+    """Prompts as `encode` takes them, on the host: encoded where the text encoders have left, else token ids."""
+    if pipeline.encoded is not None:
+        return pipeline.encoded.of(prompts)
+    return tokenize(pipeline, prompts, max_sequence_length)
+
+
+def load_text_first(
+    load: Callable[[list[str]], Pipeline], components: Sequence[str], encode_all: Callable[[Pipeline], Encoded]
+) -> Pipeline:
+    """A pipeline whose text encoders were loaded first and alone, read all prompts, and left.
+
+    Args:
+      load: of components, the pipeline with these.
+      components: all that are wanted.
+      encode_all: what the text encoders, which alone are loaded, make of the prompts.
+    """
+    towers = load([name for name in components if is_text_encoder(name)])
+    encoded = encode_all(towers)
+    towers.params.clear()
+    pipeline = load([name for name in components if not is_text_encoder(name)])
+    pipeline.tokenizers, pipeline.encoded = towers.tokenizers, encoded
+    return pipeline
+
+
+def is_text_encoder(component: str) -> bool:
+    return component.startswith("text_encoder")
+
+
+def text_params(pipeline: Pipeline) -> dict[str, Tree]:
+    """The text encoders' parameters; none where they have left."""
+    return {name: tree for name, tree in pipeline.params.items() if is_text_encoder(name)}
 
 
 def encode(
     modules: Mapping[str, nn.Module],
     params: Mapping[str, Tree],
-    ids: Text,
+    text: Text,
     size: tuple[int, int],
     max_sequence_length: int = MAX_SEQUENCE_LENGTH,
 ) -> Conditioning:
-    """Encodes token ids; pure, and jittable with ``modules``, ``size`` and ``max_sequence_length`` bound.
+    """What the denoiser is told; pure, and jittable with ``modules``, ``size`` and ``max_sequence_length`` bound.
 
     Args:
       modules: of the pipeline; the denoiser's config gives the width of the tokens.
-      params: parameter trees of the text encoders (more does no harm).
-      ids: from `tokenize`: ``[b, n]`` by text encoder; what is encoded already stays as it is.
+      params: parameter trees of the text encoders (more does no harm); not read for text that is encoded.
+      text: from `read_text`.
       size: height and width of the images in pixels, which SDXL is told.
-      max_sequence_length: number of T5 tokens that are stood for where ids has none for T5.
+      max_sequence_length: number of T5 tokens that are stood for where there are ids, and none for T5.
+
+    Returns:
+      What `encode_text` gives, and for SDXL ``time_ids``.
+    """
+    cond = text if isinstance(text, Conditioning) else encode_text(modules, params, text, max_sequence_length)
+    if denoiser_of(modules) == SDXL.denoiser:
+        return dataclasses.replace(cond, time_ids=time_ids(size, cond.batch))
+    return cond
+
+
+def encode_text(
+    modules: Mapping[str, nn.Module],
+    params: Mapping[str, Tree],
+    ids: Mapping[str, Array],
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+) -> Conditioning:
+    """What the text encoders make of token ids (`tokenize`), whatever the images' size.
 
     Returns:
       Conditioning with ``prompt_embeds [b, n + m, d]`` and ``pooled [b, p]``, in the encoders' dtype; for SD3
-      m is T5's length, or 1 with a ``key_bias`` where there is no T5; for SDXL m = 0 and there are ``time_ids``.
+      m is T5's length, or 1 with a ``key_bias`` where there is no T5; for SDXL m = 0.
     """
-    if isinstance(ids, Conditioning):
-        return ids
     towers: list[Any] = [modules[name].apply({"params": params[name]}, ids[name]) for name in CLIP_TOWERS]
     tokens = jnp.concatenate([tower.penultimate for tower in towers], axis=-1)
     if denoiser_of(modules) == SDXL.denoiser:
-        return Conditioning(tokens, towers[1].projected, time_ids=time_ids(size, tokens.shape[0]))
+        return Conditioning(tokens, towers[1].projected)
     pooled = jnp.concatenate([tower.projected for tower in towers], axis=-1)
     width = modules[SD3.denoiser].config.joint_attention_dim
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, width - tokens.shape[-1])))
@@ -143,12 +234,12 @@ def zeroed(cond: Conditioning) -> Conditioning:
 def encode_uncond(
     modules: Mapping[str, nn.Module],
     params: Mapping[str, Tree],
-    ids: Text,
+    text: Text,
     size: tuple[int, int],
     zeros: bool,
 ) -> Conditioning:
-    """What guidance leads away from, one row: the encoded ``ids`` ``[1, n]``, or zeros (`zeroed`)."""
-    cond = encode(modules, params, ids, size)
+    """What guidance leads away from, one row: ``text`` (of one row too) encoded, or zeros (`zeroed`)."""
+    cond = encode(modules, params, text, size)
     return zeroed(cond) if zeros else cond
 
 

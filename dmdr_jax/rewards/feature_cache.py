@@ -4,9 +4,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from dmdr_jax.arrays import on_host
 from dmdr_jax.rewards.base import Reward
 from dmdr_jax.rewards.contrast import texts
 
@@ -84,12 +84,3 @@ class BatchFeatures:
             self._pending = None
         while len(self._rows) > self._capacity:
             self._rows.popitem(last=False)
-
-
-def on_host(array: Any) -> np.ndarray:
-    """The whole array on this host, also where its devices are those of several."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.published import abstract_pipeline
-from dmdr_jax.diffusers_io.text import CLIP_TOWERS, T5, encode, encode_uncond
+from dmdr_jax.diffusers_io.text import CLIP_TOWERS, T5, encode, encode_uncond, is_text_encoder
 from dmdr_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from dmdr_jax.objectives.base import Term
 from dmdr_jax.rewards.base import Reward, RewardSpec
@@ -24,7 +24,6 @@ from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.mesh_choice import Residents, residents
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
-from dmdr_jax.training.text import is_text_encoder
 
 Tree = Any
 

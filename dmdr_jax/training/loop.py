@@ -15,7 +15,7 @@ from dmdr_jax import __version__, methods
 from dmdr_jax.data.prompts import PromptStream, all_prompts, not_blank
 from dmdr_jax.data.survey import Survey, survey_large
 from dmdr_jax.diffusers_io.pipeline import Pipeline
-from dmdr_jax.diffusers_io.text import encode_uncond, tokenize
+from dmdr_jax.diffusers_io.text import Text, encode_uncond, read_text, text_params, tokenize
 from dmdr_jax.evaluation.environment import command, commit, versions
 from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates, stage
 from dmdr_jax.rewards.base import Reward
@@ -31,7 +31,7 @@ from dmdr_jax.training.real_images import load_real
 from dmdr_jax.training.reporting import ON_NONFINITE, Skipped, report, save
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan
-from dmdr_jax.training.text import make_encoder, text_params
+from dmdr_jax.training.text import make_encoder
 from dmdr_jax.training.watch import Watch
 from dmdr_jax.workdir import CHECKPOINTS, CONFIG
 
@@ -97,13 +97,13 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     shown = [*SHOWN, *(f"reward/{reward.spec.name}" for reward in rewards)]
     encode_batch = make_encoder(config, pipeline, plan.image_size, rewards, layout)
 
-    def tokens(n: int) -> tuple[list[str], dict[str, np.ndarray] | None]:
+    def read(n: int) -> tuple[list[str], Text]:
         chosen = stream.batch(n)
-        return chosen, None if pipeline.encoded else tokenize(pipeline, chosen, config.t5_length)
+        return chosen, read_text(pipeline, chosen, config.t5_length)
 
     updates = Updates(plan, terms, layout)
     with (
-        Ahead(tokens) as tokenized,
+        Ahead(read) as ahead,
         checkpoints,  # also when an error ends the run, a save under way is finished
         MetricWriter(workdir, resume_step=start, primary=runtime.is_first()) as writer,
         Progress(config.steps, start, shown, stage=partial(stage, terms)) as progress,
@@ -115,7 +115,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
         tell = partial(report, writer=writer, progress=progress, checkpoints=checkpoints, skipped=skipped)
         pending, seen, step, inner, stopped = None, [], start, int(state.inner), False
         while step < config.steps and not watch.ends_the_run and not (stopped := stop(step)):
-            batch = encode_batch(*tokenized(inner))
+            batch = encode_batch(*ahead(inner))
             state, metrics = updates.fake(step, state, frozen, batch)
             seen.append(metrics)
             inner += 1
@@ -182,7 +182,7 @@ def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward
     """The frozen networks on their devices, and the unconditional prompt."""
     zeros = setup.zero_uncond(config, pipeline)
     encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, size=plan.image_size, zeros=zeros))
-    empty = tokenize(pipeline, [""], config.t5_length) if pipeline.encoded is None else pipeline.encoded.of([""])
+    empty = read_text(pipeline, [""], config.t5_length)
     return Frozen(
         base=pipeline.params[pipeline.denoiser],
         vae=setup.reward_decoder(pipeline.params),

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from dmdr_jax.arrays import on_host
 from dmdr_jax.data.prompts import PromptStream
 from dmdr_jax.diffusers_io.components import SDXL
 from dmdr_jax.diffusers_io.pipeline import Pipeline
@@ -33,7 +34,6 @@ from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.distill.regression import LOSSES, regression_input, squared_error
 from dmdr_jax.generate import Recipe, teacher_recipe
 from dmdr_jax.models.conditioning import Conditioning
-from dmdr_jax.rewards.feature_cache import on_host
 from dmdr_jax.training import runtime, setup
 from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.fake import apply_gradients

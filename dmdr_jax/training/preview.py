@@ -56,12 +56,16 @@ class Preview:
 
     def teacher(self, writer: MetricWriter, step: int) -> None:
         """The prompts and the teacher's grid, where they are not there yet."""
+        if not self.prompts:
+            return
         self._write_file("prompts.txt", ("\n".join(self.prompts) + "\n").encode())
         if not (self.folder / "teacher.png").exists():
             self._write(writer, step, "teacher", self.draw_teacher())
 
     def student(self, writer: MetricWriter, step: int, average: Tree, frozen: Frozen, file: str | None = None) -> None:
         """The averaged student's grid at ``step``, in ``file``.png or one that names the step."""
+        if not self.prompts:
+            return
         self._write(writer, step, "student", self.draw_student(average, frozen), file or f"student_{step:06d}")
 
     def draw_teacher(self, progress: Callable[[int], Any] = lambda drawn: None) -> np.ndarray:

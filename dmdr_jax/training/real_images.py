@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmdr_jax.diffusers_io.pipeline import Pipeline
-from dmdr_jax.diffusers_io.text import encode, tokenize
+from dmdr_jax.diffusers_io.text import encode, text_params, tokenize
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.autoencoder import latents_from_raw
 from dmdr_jax.models.conditioning import concatenate
 from dmdr_jax.training.plan import Plan, RealImages
-from dmdr_jax.training.text import text_params
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 16

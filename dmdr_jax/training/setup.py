@@ -13,6 +13,7 @@ from dmdr_jax import lora, methods
 from dmdr_jax.diffusers_io.hub import locate_lora
 from dmdr_jax.diffusers_io.lora_file import read_lora, start_from
 from dmdr_jax.diffusers_io.pipeline import Pipeline, components_of, load_network, load_pipeline
+from dmdr_jax.diffusers_io.text import load_text_first
 from dmdr_jax.diffusion.denoiser import Denoiser
 from dmdr_jax.diffusion.grids import authors_grid, grid_at, student_grid
 from dmdr_jax.diffusion.process import Flow, Process
@@ -31,7 +32,7 @@ from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
 from dmdr_jax.training.step import FAKE_DATA, Plan
-from dmdr_jax.training.text import encode_all, is_text_encoder
+from dmdr_jax.training.text import encode_all
 from dmdr_jax.training.watch import check_held_out
 
 Tree = Any
@@ -61,7 +62,6 @@ COUNTS = (
     "fake.lora.rank",
     "generator.lora.rank",
     "preview.every",
-    "preview.images",
     "preview.teacher_steps",
     "checkpoint.every",
     "checkpoint.keep",
@@ -84,8 +84,9 @@ def check(config: Any) -> None:
             node = node[name]
         if node < 1:
             raise UserError(f"config.{key} must be at least 1, not {node}.")
-    if config.reward_microbatch < 0:
-        raise UserError(f"config.reward_microbatch must not be negative, and is {config.reward_microbatch}.")
+    for key, value in (("reward_microbatch", config.reward_microbatch), ("preview.images", config.preview.images)):
+        if value < 0:
+            raise UserError(f"config.{key} must not be negative, and is {value}.")
     choice("config.mesh.base", config.mesh.base, BASES)
     if config.seed < 0:
         raise UserError(f"config.seed must not be negative, and is {config.seed}.")
@@ -142,15 +143,9 @@ def load_teacher(config: Any, layout: Layout, prompts: Sequence[str] = ()) -> Pi
     )
     wanted = components_of(name, optional=config.t5)
     if config.encode_once:
-        towers = load(components=[component for component in wanted if is_text_encoder(component)])
-        height, width, _ = latent_shape(config, towers)
-        factor = towers.modules["vae"].config.downsampling
-        encoded = encode_all(config, towers, (height * factor, width * factor), prompts, layout)
-        towers.params.clear()
-        pipeline = load(components=[component for component in wanted if not is_text_encoder(component)])
-        pipeline.tokenizers, pipeline.encoded = towers.tokenizers, encoded
+        pipeline = load_text_first(load, wanted, partial(encode_all, config, layout, prompts))
     else:
-        pipeline = load(components=wanted)
+        pipeline = load(wanted)
     set_remat(config, pipeline)
     set_attention(config, pipeline, layout.mesh)
     if config.reward_decoder:

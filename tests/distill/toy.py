@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmdr_jax import lora
 from dmdr_jax.diffusion.denoiser import Denoiser
@@ -31,10 +32,11 @@ TARGETS = lora.SD3_WIDE_TARGETS
 
 
 def noisy(tree, key, scale=0.3):
-    """Random leaves everywhere, zero-initialised ones included."""
+    """Random leaves everywhere, zero-initialised ones included; ``tree`` may be shapes."""
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)])
+    ends = np.cumsum([x.size for x in leaves])
+    drawn = jnp.split(scale * jax.random.normal(key, (ends[-1],)), ends[:-1])
+    return structure.unflatten([part.reshape(x.shape).astype(x.dtype) for part, x in zip(drawn, leaves)])
 
 
 @functools.cache
@@ -42,9 +44,10 @@ def networks():
     """(denoiser, base parameters, a non-zero LoRA delta)."""
     module = MMDiT(CONFIG)
     c = cond(1, 0)
-    params = module.init(jax.random.key(0), jnp.zeros((1, *LATENT)), jnp.zeros(1), c.prompt_embeds, c.pooled)["params"]
-    params = noisy(params, jax.random.key(1))
-    delta = noisy(lora.init(jax.random.key(2), params, lora.LoraConfig(2, 2.0, TARGETS)), jax.random.key(3))
+    first = jnp.zeros((1, *LATENT)), jnp.zeros(1), c.prompt_embeds, c.pooled
+    params = noisy(jax.eval_shape(module.init, jax.random.key(0), *first)["params"], jax.random.key(1))
+    config = lora.LoraConfig(2, 2.0, TARGETS)
+    delta = noisy(jax.eval_shape(lambda p: lora.init(jax.random.key(2), p, config), params), jax.random.key(3))
     return Denoiser(module, Flow()), params, delta
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 def finished(tmp_path_factory, teacher, prompts_file):
     """A run of 4 steps, never interrupted."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    config = tiny.config(teacher, prompts_file)
+    config = tiny.config(teacher, prompts_file, preview__images=2)
     return workdir, config, train(config, workdir)
 
 

@@ -119,7 +119,7 @@ def test_a_save_that_was_killed_does_not_count(store):
 @pytest.mark.slow
 def test_a_whole_run(store, teacher, prompts_file, tmp_path):
     """In the store as on a disk, and resumed there."""
-    config = tiny.config(teacher, prompts_file)
+    config = tiny.config(teacher, prompts_file, preview__images=2)
     expected = train(config, tmp_path)
     state = train(config, RUN, stop=lambda step: step == 3)
     assert int(state.step) == 3

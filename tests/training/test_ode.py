@@ -219,7 +219,7 @@ class Interrupted(Exception):
 def finished(tmp_path_factory, teacher, prompts_file):
     """A run with the stage, never interrupted; its generator does not move after it."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    config = ode_config(teacher, prompts_file, optim__generator__lr=0.0)
+    config = ode_config(teacher, prompts_file, optim__generator__lr=0.0, preview__images=2)
     return workdir, config, train(config, workdir)
 
 

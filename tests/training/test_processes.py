@@ -80,6 +80,7 @@ def train(teacher, prompts_file, tmp_path):
     def start(count: int, workdir: Path, steps: int, every: int = 1000) -> Group:
         config = f"--config=tests/training/tiny_config.py:{teacher},{prompts_file}"
         size = ["--config.batch=8", f"--config.steps={steps}", f"--config.checkpoint.every={every}"]
+        size += ["--config.preview.images=2"]
         program = [sys.executable, "-m", "dmdr_jax.train", config, f"--workdir={workdir}", *size]
         groups.append(Group(count, program, tmp_path))
         return groups[-1]

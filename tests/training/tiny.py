@@ -1,4 +1,4 @@
-"""A run small enough for tests: a random SD3 folder, a random CLIP reward, a handful of prompts."""
+"""A run small enough for tests: a random SD3 folder, a random CLIP reward, a handful of prompts, no pictures."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def config(folder: str | Path, prompts: str | Path, **changes) -> ConfigDict:
     c.fake.lora.rank, c.fake.lora.alpha = 2, 2.0
     c.optim.generator.lr = c.optim.fake.lr = 1e-3
     c.dynamics.steps = 2
-    c.preview.update(dict(every=100, images=2, teacher_steps=2))
+    c.preview.update(dict(every=100, images=0, teacher_steps=2))
     c.checkpoint.every = 2
     c.watch.every = 0
     with c.unlocked():

@@ -100,7 +100,7 @@ def make(method, module, latent, cond, real=None, **changes) -> Run:
     c = config(method, **changes)
     scorers, vae = rewards(c, latent), Vae(SimpleNamespace(downsampling=2, scaling_factor=1.0, shift_factor=0.0))
     z, one = jnp.zeros((1, *latent)), cond(1)
-    params = module.init(jax.random.key(0), z, jnp.zeros(1), one.prompt_embeds, one.pooled)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), z, jnp.zeros(1), one.prompt_embeds, one.pooled)["params"]
     pipeline = SimpleNamespace(modules={"transformer": module, "vae": vae}, process=Flow(), denoiser="transformer")
     terms, plan = setup.make_terms(c, scorers), setup.make_plan(c, pipeline, scorers)
     state = setup.make_state(c, "sd3", plan, params)
