@@ -176,11 +176,6 @@ def _held_out_prompts(world: World) -> frozenset[str]:
     return frozenset(record["prompt"] for tag in HELD_OUT_TAGS for record in _split_records(world, tag, True))
 
 
-def train_records(world: World) -> list[Record]:
-    """Every record that may be trained on, tag by tag."""
-    return [record for tag in TAGS for record in _split_records(world, tag, False)]
-
-
 def balanced_train_prompts(world: World) -> list[str]:
     """The training prompts, each repeated so that all tags have about equally many: the mixture evaluation scores."""
     by_tag = [[record["prompt"] for record in _split_records(world, tag, False)] for tag in TAGS]

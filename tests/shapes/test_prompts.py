@@ -54,9 +54,9 @@ def test_number_of_distinct_prompts():
 
 @BOTH
 def test_about_a_fifth_is_held_out_and_every_part_is_trained(world):
-    train = prompts.train_records(world)
+    train = set(prompts.balanced_train_prompts(world))
     for tag in prompts.TAGS:
-        seen = [record for record in train if record["tag"] == tag]
+        seen = [record for record in prompts.all_records(world, tag) if record["prompt"] in train]
         share = 1 - len(seen) / len(prompts.all_records(world, tag))
         assert share == 0 if tag not in prompts.HELD_OUT_TAGS else 0.1 < share < 0.25
         words = {word for record in seen for word in record["prompt"].split()}
@@ -88,7 +88,7 @@ def test_eval_records_are_held_out_where_possible():
     records = prompts.eval_records(SMALL, 20, seed=1)
     assert [r["tag"] for r in records] == [tag for tag in prompts.TAGS for _ in range(20)]
     assert len({r["id"] for r in records}) == len({r["scene_seed"] for r in records}) == 120
-    trained = {r["prompt"] for r in prompts.train_records(SMALL)}
+    trained = set(prompts.balanced_train_prompts(SMALL))
     for record in records:
         assert record["split"] == ("held_out" if record["tag"] in prompts.HELD_OUT_TAGS else "seen")
         assert (record["prompt"] in trained) == (record["split"] == "seen")
@@ -135,9 +135,9 @@ def test_batches_are_reproducible_and_respect_the_split():
     scenes, captions = prompts.sample_batch(SMALL, 300, 5)
     assert (scenes, captions) == prompts.sample_batch(SMALL, 300, 5)
     assert captions != prompts.sample_batch(SMALL, 300, 6)[1]
-    assert set(captions) <= {r["prompt"] for r in prompts.train_records(SMALL)}
+    assert set(captions) <= set(prompts.balanced_train_prompts(SMALL))
     _, held_out = prompts.sample_batch(SMALL, 300, 5, split="held_out")
-    assert not set(held_out) & {r["prompt"] for r in prompts.train_records(SMALL)}
+    assert not set(held_out) & set(prompts.balanced_train_prompts(SMALL))
     with pytest.raises(UserError, match="unknown split"):
         prompts.sample_batch(SMALL, 3, 5, split="test")
     with pytest.raises(UserError, match="positive weight"):
