@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way in minutes on a CPU, nothing to download:  bash launch/demo.sh [sd3|sdxl] [OUT]
+# The whole way on a CPU, minutes (sdxl: an hour), nothing to download:  bash launch/demo.sh [sd3|sdxl] [OUT]
 #
 # Takes a shipped teacher (default: the SD3-shaped one), trains a 4-step generator (cold start, then distribution
 # matching and rewards together), samples, evaluates on prompts not trained on, exports to diffusers format and

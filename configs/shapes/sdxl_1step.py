@@ -18,6 +18,7 @@ from configs.shapes import sdxl
 
 def get_config() -> ConfigDict:
     c = sdxl.get_config()
+    c.steps = 500
     c.student.steps = 1
     c.student.timesteps = (399,)
     c.ode.steps = 300
