@@ -53,7 +53,7 @@ class Sizes:
     U: int = 1
     S: int = 1
     E: int = 0
-    W: int = 0  # DrPO: reference drift on (1) or off (0)
+    W: int = 0  # DrPO: anchored by the reference's drift (1) or by distribution matching (0); DMD2: images (1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,10 +180,13 @@ METHODS: dict[str, Method] = {
         """GDMD (2604.19009): rewards judge the implicit targets of distribution matching.
 
         No code and no numbers are public; readings in `dmdr_jax.objectives.target`. One generator step is a block of
-        U = ``fake.updates`` fake updates and as many student updates; no cold start is needed.
+        U = ``fake.updates`` fake updates and as many student updates; no cold start is needed, and g is the teacher's
+        own. The matching part keeps DMD's form, g_i at the student's estimate of now: Algorithm 1's regression onto the
+        fixed target would add x - x_old to it, which (2) there has as its proximal pull.
         Passes: K student forwards, U student updates, 3U score forwards, U fake updates, 1 + U rewards.""",
         lambda n: Passes(student=n.K, student_update=n.U, score=3 * n.U, fake_update=n.E, reward=1 + n.U),
-        groups=("gdmd",),
+        {"dynamics.dg": 0.0, "dynamics.rs": "uniform"},
+        ("gdmd",),
     ),
     "gndm": Method(
         """GNDM (2603.28460): distribution matching normalised over a group; our reading of an abstract.
@@ -211,6 +214,7 @@ METHODS: dict[str, Method] = {
     "rtdmd": Method(
         """RTDMD (2605.26108): AC-DMD as the cold start, then SubGRPO and the last step's reward gradient.
 
+        The rollouts' kernel is the student's own, renoise by default; ``rollout.kernel="cps(0.9)"`` is the code's.
         Paper and code disagree. The bridge's variance is the code's (the paper's has the wrong noise level); the
         second stage matches at every step of the grid as eq. 18 says (``last_step.every_step``; the code only at the
         last, which leaves the earlier steps to the reward alone); the fake's consistency jumps are the code's.
@@ -238,8 +242,10 @@ METHODS: dict[str, Method] = {
         Made for one-step students (``student.steps=1``); with more, all rows of a prompt share a grid index. Readings
         in `dmdr_jax.objectives.drift`.
         Passes: K - 1 student forwards and W of the reference, 1 student update, 1 base pass with gradient, W base
-        forwards, 1 reward (W = 1 with the reference drift).""",
-        lambda n: Passes(student=n.K - 1 + n.W, student_update=1, score=n.W, score_gradient=1, reward=1),
+        forwards, 1 reward (W = 1 with the reference drift; 0 with ``drpo.anchor="dm"``, and 3 score forwards).""",
+        lambda n: Passes(
+            student=n.K - 1 + n.W, student_update=1, score=n.W + 3 * (1 - n.W), score_gradient=1, reward=1
+        ),
         {"group.size": 16},
         ("drpo",),
     ),
@@ -284,11 +290,7 @@ def resolve(config: Any) -> Any:
       UserError: the method does not exist, or settings are given that it does not read.
     """
     method, resolved = method_of(config), config.copy_and_resolve_references()
-    settings = DEFAULTS | dict(method.settings)
-    if config.method in ("gndm", "gndmr"):
-        settings |= gndm_settings(config.gndm.mode)
-    if config.dpo.form == "denoising":
-        settings["dpo.beta"] = 100.0
+    settings = settings_of(config)
     _refuse_idle(config, method, settings)
     with resolved.unlocked():
         for key, value in settings.items():
@@ -298,6 +300,16 @@ def resolve(config: Any) -> Any:
         if config.method == "dmdr_srpo":
             _contrast(resolved)
     return resolved.lock() if config.is_locked else resolved
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What the keys that are None without it are by the configuration's method."""
+    settings = DEFAULTS | dict(method_of(config).settings)
+    if config.method in ("gndm", "gndmr"):
+        settings |= gndm_settings(config.gndm.mode)
+    if config.dpo.form == "denoising":
+        settings["dpo.beta"] = 100.0
+    return settings
 
 
 def gndm_settings(mode: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ Two more are Euler-Maruyama steps of stochastic equations with the marginals of 
                   std = eta sqrt(-dt)                                  DanceGRPO, arXiv 2505.07818      (3)
 
 (at t = 1, where s is infinite, 1 - t is replaced by 1 - t'). They are meant for many small steps. In four steps they
-leave more noise than the level they arrive at (`tests/diffusion/test_kernels.py` has the numbers: .659 where .5 is
+leave more noise than the level they arrive at (`tests/diffusion/test_kernels.py` has the numbers: .658 where .5 is
 due, and .552 in the image), so that students are better trained with (1); and their last step returns ``x0`` here
 unless ``noisy_end`` asks for the step as it was published.
 

@@ -12,7 +12,7 @@ finds them likelier than the fake score does. The loss value itself means nothin
 Of several draws at one x (`group_draw`) the mean of the differences is taken, divided by one number. This is our
 reading of GNDM (arXiv 2603.28460), of which only the abstract is public: "group-mean statistics" for a steadier
 direction. Subtracting a group's mean over *samples* cannot be meant: of two Gaussians of equal variance the difference
-is the same for every sample, and nothing would be left (`tests/distill/test_dm.py`).
+is the same for every sample, and nothing would be left (`tests/distill/test_group_draws.py`).
 """
 
 from typing import NamedTuple

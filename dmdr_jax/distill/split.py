@@ -9,11 +9,13 @@ The second makes a few-step generator, the first keeps it from collapsing; they 
 time (1 = noise; the paper's runs the other way) the best schedule it found draws tau_ca below the student's own t,
 where only what is cleaner than the student's input gets added, and tau_dm from the whole range ("hybrid").
 
-The paper leaves the normaliser open. Here the sum is divided by one number, ``mean |x - guided|`` with ``guided = c at
-tau_dm + (w - 1)(c - u) at tau_ca``: the proportion of the parts stays, and with equal times and noises the whole is
-coupled DMD exactly. ``normaliser = "conditional"`` takes ``mean |x - c at tau_dm|`` in its place.
+The paper has a constant for a normaliser and leaves it open. Here the sum is divided by one number,
+``mean |x - guided|`` with ``guided = c at tau_dm + (w - 1)(c - u) at tau_ca``: the proportion of the parts stays, and
+with equal times and noises the whole is coupled DMD exactly. ``normaliser = "conditional"`` takes
+``mean |x - c at tau_dm|`` in its place.
 
-The authors draw uniformly *before* the time shift, from below the student's unshifted time, and shift after.
+The authors draw uniformly *before* the time shift, tau_ca from below the student's unshifted time, and shift after. A
+density of the run's own (DynaRS) is drawn from as it is.
 """
 
 import dataclasses
@@ -39,17 +41,20 @@ class SplitTimes:
     """The two renoise times.
 
     Attributes:
-      schedule: "hybrid" (tau_ca below the student's t), "independent" (both anywhere), "cleaner" (both below t) or
-        "tied" (one time and one noise for both: coupled DMD).
+      schedule: "hybrid" (tau_ca below the student's t), "independent" (both anywhere), "cleaner" (both below t, each
+        by itself) or "tied" (one time and one noise for both: coupled DMD).
       shift: of the student's grid; 1: none.
-      low: smallest time.
+      low, high: smallest and largest time.
+      uniform: the run's renoise density is uniform, and what is drawn from it is shifted too.
       normaliser: see the module's text.
     """
 
     schedule: str = "hybrid"
     shift: float = 1.0
     low: float = 0.02
+    high: float = 0.98
     normaliser: str = "guided"
+    uniform: bool = False
 
     def times(self, key: Array, tau: Array, t: Array, free: Array) -> tuple[Array, Array]:
         """``(tau_dm, tau_ca)`` ``[b]``.
@@ -60,19 +65,24 @@ class SplitTimes:
           t: of the student's call.
           free: a second, independent draw from the run's renoise density.
         """
+        if self.uniform:
+            tau, free = (jnp.clip(self._shifted(x), self.low, self.high) for x in (tau, free))
         if self.schedule == "tied":
             return tau, tau
         if self.schedule == "independent":
             return tau, free
-        cleaner = self.below(key, t)
-        return (cleaner if self.schedule == "cleaner" else tau), cleaner
+        if self.schedule == "cleaner":
+            tau = self.below(jax.random.fold_in(key, 1), t)
+        return tau, self.below(key, t)
 
     def below(self, key: Array, t: Array) -> Array:
         """Times ``[b]`` in ``[low, t]``: uniform before the shift."""
         unshifted = t / (self.shift - (self.shift - 1.0) * t)
         u = unshifted * jax.random.uniform(key, t.shape, jnp.float32)
-        shifted = self.shift * u / (1.0 + (self.shift - 1.0) * u)
-        return jnp.clip(shifted, jnp.minimum(self.low, t), t)
+        return jnp.clip(self._shifted(u), jnp.minimum(self.low, t), t)
+
+    def _shifted(self, u: Array) -> Array:
+        return self.shift * u / (1.0 + (self.shift - 1.0) * u)
 
 
 def split_score_pass(

@@ -5,6 +5,8 @@
 the mean is over the samples of a prompt, the deviation over the same ("group"; GRPO), over the whole batch ("batch";
 Flow-GRPO's default) or left out ("none"; Dr. GRPO). Several rewards are each brought to (1) and then averaged with
 their weights ("each"; RTDMD's practice, scales do not matter), or added with their weights first ("sum"; Flow-GRPO).
+While rewards set in, their weights count here against one another; how much they count at all is `Advantages.strength`,
+with which a term multiplies.
 
 The mean counts the sample itself: of the score-function gradient (G - 1)/G is left, G being the group's size.
 """
@@ -49,7 +51,8 @@ class Advantages:
         """Advantages ``[b]`` of raw rewards ``[b]`` by name, without gradient."""
         rewards = jax.lax.stop_gradient(dict(rewards))
         if self.combine == "sum":
-            return self.of(combined_reward(self.specs, rewards, step), group)
+            values = combined_reward(self.specs, rewards, step)
+            return self.of(values / jnp.maximum(self.strength(step), 1e-12), group)
         weights = {spec.name: reward_weight(spec, step) for spec in self.specs}
         whole = sum(jnp.abs(w) for w in weights.values())
         parts = [weights[s.name] * self.of(reward_value(s, rewards[s.name]), group) for s in self.specs]
@@ -64,6 +67,11 @@ class Advantages:
         elif self.normalise == "batch":
             centred = centred / (groups.std() + GROUP_FLOOR)
         return jnp.clip(centred, -self.limit, self.limit).reshape(-1)
+
+    def decided(self, rewards: Mapping[str, Array], step: Array, group: int) -> Array:
+        """Whether a prompt's samples differ at all by their advantages, ``[prompts]``."""
+        values = as_groups(self(rewards, step, group), group)
+        return values.max(1) > values.min(1)
 
     def strength(self, step: Array) -> Array:
         """How much of their full weight the rewards have at ``step``, in [0, 1]: the ramp."""

@@ -7,8 +7,8 @@ augmentation is multiplied by the sample's advantage in its group, matching stay
 
     g = ( matching - (shift + kappa A) augmentation ) / norm,   A = clip(A, +- 1)                            (1)
 
-They multiply by A alone (``shift = 0``); the default 1 + A/2 keeps the mean dose of guidance at 1, without which the
-student of a group with equal rewards would get none. With A = 0 and shift 1 it is Decoupled DMD.
+They multiply by A alone (``shift = 0``, ``kappa = 1``); the default 1 + A/2 keeps the mean dose of guidance at 1,
+without which the student of a group with equal rewards would get none. With A = 0 and shift 1 it is Decoupled DMD.
 """
 
 import dataclasses

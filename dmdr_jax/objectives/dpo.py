@@ -14,7 +14,8 @@ student's own grid with one noise, and m is the mean squared error of the networ
 
     L = -log s( -(beta / 2) ( (m(w) - m_ref(w)) - (m(l) - m_ref(l)) ) )                                      (2)
 
-Both are log 2 where the student is its reference.
+Both are log 2 where the student is its reference. Where all samples of a prompt have one reward there is no
+preference, and the prompt counts log 2 without a gradient.
 """
 
 import dataclasses
@@ -68,6 +69,8 @@ class PairPreference:
             margin = transition_margin(ctx.pairs.log_prob, ctx.pairs.reference_log_prob, self.clip)
         else:
             margin = denoising_margin(ctx.pair_errors.student, ctx.pair_errors.reference)
+        decided = self.ranking.decided(ctx.sample_rewards, ctx.step, ctx.group)
+        margin = jnp.where(decided.reshape(-1, *(1,) * (margin.ndim - 1)), margin, 0.0)
         preference = -jax.nn.log_sigmoid(self.beta * margin).mean()
         loss = self.weight * self.ranking.strength(ctx.step) * preference
         scores = {s.name: ctx.sample_rewards[s.name].astype(jnp.float32) for s in self.ranking.specs}

@@ -11,8 +11,8 @@ the expectation that of all steps (RTDMD, arXiv 2605.26108, eq. 17); with all of
 distribution matching stands in place of the KL term (the authors' advice), which only ``grpo_only`` uses.
 
 Log-probabilities are averages over elements (Flow-GRPO, DanceGRPO), not sums: a clip of 1e-4 is then 6.6 nats of the
-summed ratio at 512 pixels of SD3. ``log_prob = "rtdmd"`` drops the factor 1/(2 std^2) of the exponent as RTDMD's code
-does, which weights step k by its 2 std^2; the density is the default because it is the gradient of the reward.
+summed ratio at 512 pixels of SD3. ``policy.density = "rtdmd"`` drops the factor 1/(2 std^2) of the exponent as
+RTDMD's code does, which weights step k by its 2 std^2; the density is the default because it is the reward's gradient.
 ``kl_form = "flow_grpo"`` divides by s^2 where the Gaussian's variance is s^2 |dt|, as that code does for its kernel.
 """
 

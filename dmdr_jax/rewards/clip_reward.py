@@ -134,6 +134,11 @@ class ClipReward(TowerScorer):
         ids = self._ids([text for row in rows for text in row])
         return ids.reshape(len(rows), 2, -1) if self.spec.contrasted else ids
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """UserError where the texts of a contrast leave no room for the prompts."""
+        if self.spec.contrasted:
+            contrast.check_words(self.spec, prompts, self._ids)
+
     def text_features(self, ids: Array | np.ndarray) -> Array:
         """Features `[b, d]`, fp32, of ids `[b, n]` (unit rows) or of a contrast's `[b, 2, n]`."""
         features = self._embed_texts(self.text_params, jnp.asarray(ids).reshape(-1, ids.shape[-1]))

@@ -3,19 +3,23 @@
     t = (1 + k) f(positive word + prompt) - f(negative word + prompt)
 
 takes the place of the prompt's features in a score that is linear in them. What the reward likes in every image,
-whatever the text, cancels. DMDR's authors used k = 0.1 with one positive and one negative word per batch.
+whatever the text, cancels up to k of it. DMDR's authors used k = 0.1 with one positive and one negative word per batch.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
+from dmdr_jax.errors import UserError
 from dmdr_jax.rewards.base import RewardSpec
 
 Array = jax.Array
 
 SEPARATOR = ". "
+CHECKED = 500
+"""Prompts that `check_words` looks at."""
 AUTHORS_POSITIVE = ("Natural-lighting", "Detailed", "Realistic")
 AUTHORS_NEGATIVE = ("Painting", "CG Render", "Oil")
 
@@ -40,3 +44,23 @@ def texts(spec: RewardSpec, prompts: Sequence[str]) -> list[list[str]]:
 def contrasted(features: Array, k: float) -> Array:
     """`(1 + k) f(positive) - f(negative)` of features `[b, 2, d]`: `[b, d]`."""
     return (1.0 + k) * features[:, 0] - features[:, 1]
+
+
+def check_words(spec: RewardSpec, prompts: Sequence[str], ids_of: Callable[[list[str]], np.ndarray]) -> None:
+    """UserError where a word of the contrast takes the room of the prompts, which then read alike.
+
+    Args:
+      ids_of: texts to the reward's token ids ``[b, n]``.
+    """
+    plain = [spec.prompt_prefix + prompt for prompt in dict.fromkeys(prompts)][:CHECKED]
+
+    def different(head: str) -> int:
+        return len({row.tobytes() for row in ids_of([head + text for text in plain])})
+
+    before = different("")
+    for word in (*spec.positive_words, *spec.negative_words):
+        if (left := different(word + SEPARATOR)) < 0.9 * before:
+            raise UserError(
+                f"Reward {spec.name!r}: behind {word!r} only {left} of {before} prompts still differ in what it reads;"
+                " the text is cut off. Give config.srpo.positive and config.srpo.negative words that it knows."
+            )

@@ -28,10 +28,13 @@ from dmdr_jax.objectives.base import (
     FAKE_ON_ROLLOUT,
     FAKE_SCORE_NEEDS,
     GROUPS,
+    IMPORTANCE,
     LAST_STEP,
     MATCHING,
     PAIRS,
     REFERENCE,
+    REUSE,
+    SAMPLE_NEEDS,
     TARGETS,
     TRANSITIONS,
     Term,
@@ -106,7 +109,7 @@ def advantages(config: Any, specs: Specs) -> Advantages:
 
 
 def _policy(config: Any, specs: Specs, **own: Any) -> PolicyGradient:
-    settings = {"kl": config.policy.kl, "balance": config.policy.balance} | own
+    settings = {"kl": config.policy.kl, "balance": config.policy.balance * config.dm.weight} | own
     return PolicyGradient(advantages(config, specs), config.policy.weight, config.policy.clip, **settings)
 
 
@@ -210,7 +213,7 @@ def make_method_plan(
     terms = make_terms(config, rewards)
     needs, specs = needs_of(terms), tuple(reward.spec for reward in rewards)
     form = _choice("dm.form", config.dm.form, tuple(DRAWS))
-    _check(config, needs, simulation, denoiser)
+    _check(config, terms, needs, simulation, denoiser)
     _check_reuse(config, terms)
     keeps = {REFERENCE: "reference", TARGETS: "spread"}
     gan = _gan_spec(config, denoiser, optimiser)
@@ -249,7 +252,9 @@ def _split(config: Any, denoiser: Denoiser) -> SplitTimes:
         _choice("split.schedule", split.schedule, SCHEDULES),
         student.shift if shifted else 1.0,
         config.dynamics.tau_low,
+        config.dynamics.tau_high,
         _choice("split.normaliser", split.normaliser, SPLIT_NORMALISERS),
+        config.dynamics.rs == "uniform",
     )
 
 
@@ -268,7 +273,9 @@ def _gan_spec(config: Any, denoiser: Denoiser, optimiser: Callable[[Any], Any]) 
     return GanSpec(feature_layers(denoiser.module), config.gan.fake_weight, tx)
 
 
-def _check(config: Any, needs: frozenset[str], simulation: Simulation, denoiser: Denoiser) -> None:
+def _check(
+    config: Any, terms: Sequence[Term], needs: frozenset[str], simulation: Simulation, denoiser: Denoiser
+) -> None:
     """Refuses what would fail later, or act in silence."""
     size, steps = config.group.size, simulation.steps
     if GROUPS in needs:
@@ -282,7 +289,7 @@ def _check(config: Any, needs: frozenset[str], simulation: Simulation, denoiser:
         raise UserError(f"config.drpo.count {config.drpo.count} is more than half of config.group.size {size}.")
     kernel = parse_kernel(config.rollout.kernel) if config.rollout.kernel else simulation.kernel
     kernel.check(denoiser.process)
-    if needs & {TRANSITIONS, PAIRS}:
+    if needs & {TRANSITIONS, PAIRS, IMPORTANCE}:
         if not kernel.stochastic:
             raise UserError(
                 f"the method {config.method!r} needs a sampler with randomness, and {kernel} has none: take"
@@ -299,8 +306,41 @@ def _check(config: Any, needs: frozenset[str], simulation: Simulation, denoiser:
         raise UserError(
             f"config.gndm.mode=scalar judges whole samples: leave config.dm.form plain, not {config.dm.form}."
         )
-    if config.dm.form == "boundary" and TARGETS in needs:
-        raise UserError("config.dm.form=boundary matches latents, which GDMD cannot decode: take plain or split.")
+    if TARGETS in needs and config.dm.form not in ("plain", "split"):
+        raise UserError(
+            f"GDMD judges one target after the other: config.dm.form is plain or split, not {config.dm.form}."
+        )
+    if needs & SAMPLE_NEEDS and simulation.mode == "ode_final" and not config.rollout.kernel:
+        raise UserError(
+            f"the method {config.method!r} keeps whole rollouts, among whose states the student's inputs then are:"
+            " config.student.simulation=ode_final renoises instead; take renoise, ode or cps(0.9)."
+        )
+    _refuse_unread(config, terms, needs)
+
+
+def _refuse_unread(config: Any, terms: Sequence[Term], needs: frozenset[str]) -> None:
+    """Refuses keys, of groups that a method reads in part, that are set and would change nothing."""
+    from configs import base
+
+    unread = {
+        "group": () if GROUPS in needs else ("normalise", "combine", "limit", "shared_start"),
+        "rollout": (
+            *(() if needs & SAMPLE_NEEDS else ("kernel",)),
+            *(() if needs & REUSE and TARGETS not in needs else ("updates",)),
+        ),
+        "policy": (
+            ()
+            if any(isinstance(term, PolicyGradient) for term in terms)
+            else ("weight", "clip", "kl", "kl_form", "balance", "refresh")
+        ),
+        "refl": () if config.method == "refl_only" else ("anchor",),
+    }
+    plain, settings = base.get_config(), methods.settings_of(config)
+    for group, names in unread.items():
+        for name in names:
+            if config[group][name] != settings.get(f"{group}.{name}", plain[group][name]):
+                key = f"config.{group}.{name}"
+                raise UserError(f"{key} is set, but the method {config.method!r} does not read it here: leave it out.")
 
 
 def _check_reuse(config: Any, terms: Sequence[Term]) -> None:

@@ -62,7 +62,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     layout = mesh_choice.make_layout(config.mesh, lambda: AbstractRun.of(config).residents())
     setup.check_batches(config, layout)
     pipeline = setup.load_teacher(config, layout, prompts)
-    rewards = setup.load_rewards(config)
+    rewards = setup.load_rewards(config, prompts)
     held_out = setup.held_out_rewards(config, rewards)
     terms = setup.make_terms(config, rewards)
     plan = setup.make_plan(config, pipeline, rewards)

@@ -132,6 +132,12 @@ class Plan:
         return self.method.policy_kernel or self.simulation.kernel
 
     @property
+    def fake_simulation(self) -> Simulation:
+        """Where the student is called for the fake score's samples: at inputs such as the generator's updates have."""
+        kernel = self.method.policy_kernel
+        return self.simulation if kernel is None else dataclasses.replace(self.simulation, mode=str(kernel))
+
+    @property
     def policy_steps(self) -> int:
         """How many steps of a rollout get a policy gradient; the last step is deterministic."""
         return self.method.policy_steps or self.simulation.steps - 1

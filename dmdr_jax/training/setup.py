@@ -25,6 +25,7 @@ from dmdr_jax.evaluation.canaries import apart
 from dmdr_jax.models.attention import kernel_for
 from dmdr_jax.objectives.base import Term
 from dmdr_jax.rewards.base import Reward, RewardSpec
+from dmdr_jax.rewards.clip_reward import ClipReward
 from dmdr_jax.rewards.registry import open_spec
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import compose
@@ -211,9 +212,13 @@ def held_out_rewards(config: Any, trained: tuple[Reward, ...]) -> tuple[Reward, 
     return held_out
 
 
-def load_rewards(config: Any) -> tuple[Reward, ...]:
-    """The rewards of the run, in the order of their names."""
-    return _open(reward_specs(config), config)
+def load_rewards(config: Any, prompts: Sequence[str] = ()) -> tuple[Reward, ...]:
+    """The rewards of the run, in the order of their names; ``prompts`` are those that they are going to read."""
+    rewards = _open(reward_specs(config), config)
+    for reward in rewards:
+        if isinstance(reward, ClipReward):
+            reward.check_prompts(prompts)
+    return rewards
 
 
 def _open(specs: list[RewardSpec], config: Any) -> tuple[Reward, ...]:

@@ -92,7 +92,7 @@ def fake_step(plan: Plan, state: TrainState, frozen: Frozen, batch: Batch) -> tu
     """One update of the fake score on fresh samples of the current student."""
     keys, cond = keys_of(state), batch.cond
     student = generator_weights(plan, state.generator, frozen.base)
-    given = plan.simulation.student_input(
+    given = plan.fake_simulation.student_input(
         lambda z, t: plan.denoiser.output(student, z, t, cond),
         plan.denoiser.process,
         start_noise(plan, keys("fake/noise"), cond.batch, 1),
@@ -108,7 +108,8 @@ def _fake_data(
 ) -> tuple[Array, Array | None]:
     """What the fake score trains on, of a simulation: samples ``[b, h, w, c]`` and, of realised ones, their times."""
     samples, s = given.simulated, None
-    if plan.simulation.mode == "ode_final" and (plan.fake_data == "student_x0" or plan.method.boundary is not None):
+    renoised = plan.fake_simulation.mode == "ode_final"
+    if renoised and (plan.fake_data == "student_x0" or plan.method.boundary is not None):
         samples = plan.denoiser.x0(student, given.z, given.t, cond)
     if plan.method.boundary is not None:
         samples, s = realise(plan, given, samples, scoring.boundary_noise(keys, samples))

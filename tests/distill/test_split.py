@@ -51,4 +51,6 @@ def test_schedules():
     assert np.array_equal(times["tied"], (tau, tau)) and np.array_equal(times["independent"], (tau, free))
     assert np.array_equal(times["hybrid"][0], tau) and np.all(times["hybrid"][1] <= t)
     cleaner = SplitTimes("cleaner").times(jax.random.key(0), tau, t, free)
-    assert np.array_equal(*cleaner) and np.all(cleaner[0] <= t)
+    assert not np.array_equal(*cleaner) and all(np.all(times <= t) for times in cleaner)
+    shifted = SplitTimes("independent", shift=3.0, uniform=True).times(jax.random.key(0), tau, t, free)
+    assert np.allclose(shifted, ((2.7 / 2.8, 2.4 / 2.6), (2.1 / 2.4, 1.8 / 2.2)))

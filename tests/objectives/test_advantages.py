@@ -51,6 +51,11 @@ def test_the_ramp_is_a_strength_and_no_gradient_flows():
     advantages = Advantages((spec(start=10, ramp=4),))
     assert [float(advantages.strength(jnp.int32(s))) for s in (9, 10, 13, 20)] == [0.0, 0.25, 1.0, 1.0]
     assert advantages.start == 10
+    for combine in ("each", "sum"):  # the ramp counts once, whichever way
+        ramped = Advantages((spec(start=10, ramp=4),), "none", combine)
+        whole = Advantages((spec(),), "none", combine)({"r": jnp.asarray(R)}, 10, 4)
+        step = jnp.int32(10)
+        assert np.allclose(ramped.strength(step) * ramped({"r": jnp.asarray(R)}, step, 4), 0.25 * whole)
     assert not np.any(jax.grad(lambda r: advantages({"r": r}, 12, 4)[0])(jnp.asarray(R)))
 
 

@@ -47,6 +47,18 @@ def test_the_denoising_form_is_diffusion_dpos():
     assert jax.grad(lambda s: denoising_margin(s, reference).sum())(student)[0, 0] < 0
 
 
+def test_equal_rewards_are_no_preference():
+    student, reference = 0.05 * normal(1, (2, 2, 3)), 0.05 * normal(2, (2, 2, 3))
+
+    def loss(student):
+        rewards = {"r": jnp.array([0.0, 1.0, 1.0, 1.0])}  # two prompts of two samples
+        ctx = context(jnp.zeros((4, 1, 1, 1)), group=2, sample_rewards=rewards, pairs=Pairs(student, reference))
+        return PairPreference(RANKING)(ctx)[0]
+
+    slope = np.asarray(jax.grad(loss)(student))
+    assert np.any(slope[0]) and not np.any(slope[1])
+
+
 def test_best_and_worst_are_never_the_same():
     values = jnp.array([[0.1, 0.9, 0.5, 0.2], [1.0, 1.0, 1.0, 1.0]])
     assert np.array_equal(best_and_worst(values), [[1, 0], [0, 3]])

@@ -93,6 +93,8 @@ def test_the_term_ranks_and_rewards_alone_decide_who_attracts():
 
         return jax.grad(loss)(sample["f"])
 
+    equal = slope(jnp.array([1.0, 1.0, 1.0, 1.0, 4.0, 3.0, 2.0, 1.0]), reference_weight=0.0)
+    assert not np.any(equal[:4]) and np.any(equal[4:])
     rewards = jnp.array([0.1, 0.2, 0.3, 0.4, 4.0, 3.0, 2.0, 1.0])
     assert np.allclose(slope(rewards), slope(rewards**3), atol=1e-6)  # only ranks count
     assert not np.allclose(slope(rewards), slope(-rewards), atol=1e-3)

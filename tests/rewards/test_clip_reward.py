@@ -230,6 +230,20 @@ def test_contrast_is_the_weighted_difference_of_two_texts(clip):
     np.testing.assert_allclose(scores, 1.25 * parts[0] - parts[1], atol=1e-5)
 
 
+def test_words_that_leave_no_room_for_the_prompts_are_refused(clip):
+    _, plain = clip
+    prompts = ["a red circle", "a blue circle", "a red square"]
+    for words, fits in ((["red"], True), (["red", "Natural-lighting"], False)):  # which it spells in bytes
+        spec = dataclasses.replace(plain.spec, positive_words=words, negative_words=["blue"])
+        reward = dataclasses.replace(plain, spec=spec)
+        if fits:
+            reward.check_prompts(prompts)
+        else:
+            with pytest.raises(UserError, match="behind 'Natural-lighting' only 1 of 3 prompts still differ"):
+                reward.check_prompts(prompts)
+    plain.check_prompts(prompts)
+
+
 def test_words_of_a_contrast_depend_on_the_batch_alone():
     spec = RewardSpec("hps", positive_words=AUTHORS_POSITIVE, negative_words=AUTHORS_NEGATIVE)
     batches = [[f"prompt {i}", f"prompt {i + 1}"] for i in range(60)]

@@ -1,11 +1,12 @@
 """Reinforcement learning with and without distribution matching (the paper's Table 5), and all methods side by side.
 
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/methods.py --out=runs/methods --jobs=2
-          methods.py:all has every preset of dmdr_jax/methods.py that needs neither images nor a one-step student;
-          it shows the rows of methods.py again, so run that too.
+          methods.py:all has every preset of dmdr_jax/methods.py that needs neither images nor a one-step student, nor
+          words that the embedded world's rewards do not know (dmdr_srpo); it shows the rows of methods.py again, so run
+          that too.
 
 All start from the same cold start, DMD alone: as its copy where they keep no more state than it does, else by making
-it again with the same seed. Equal generator updates.
+it again with the same seed. Equal generator steps; one of GDMD's is `fake.updates` student updates.
 """
 
 from typing import Any
@@ -24,9 +25,9 @@ TABLE = {
     "dmdr_grpo": "GRPO + DMD",
 }
 ALGORITHMS = ("refl", "dpo", "grpo")
-COPIES = ("refl_only", "dmdr_refl", "dmdr_grpo", "dmdr_srpo", "ddmd_adv")
+COPIES = ("refl_only", "dmdr_refl", "dmdr_grpo", "ddmd_adv")
 """Methods whose state is that of DMD alone, so that they can go on from its checkpoint."""
-OTHERS = ("dmdr_srpo", "ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
+OTHERS = ("ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
 NO_REWARDS = ("ddmd", "gndm")
 
 
