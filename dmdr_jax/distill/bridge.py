@@ -22,8 +22,9 @@ noise n (CPS, `dmdr_jax.diffusion.kernels`)::
     x_s^real - x_s^fake = f (x0_real - x0_fake),   f = alpha_s - sigma_s cos(eta pi/2) alpha_t / sigma_t      (3)
     g = (x_s^fake - x_s^real) / (mean |x_s - x_s^real| + floor)                                               (4)
 
-At s = 0 all of it is plain DMD. The normaliser of (4) is the released code's: x_s^real has the noise n in it, so that
-it does not vanish where student and teacher agree. ``normaliser = "estimate"`` takes ``mean |x0 - x0_real|`` instead.
+At s = 0 (3) and (4) are plain DMD, and so is the fake score's loss but for its weight and its consistency term. The
+normaliser of (4) is the released code's: x_s^real has the noise n in it, so that it does not vanish where student and
+teacher agree. ``normaliser = "estimate"`` takes ``mean |x0 - x0_real|`` instead.
 """
 
 import dataclasses

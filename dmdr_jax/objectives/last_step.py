@@ -1,8 +1,10 @@
 """The reward's own gradient in the sampler's last step: the second half of RTDMD's policy gradient (arXiv 2605.26108).
 
 With the last step deterministic the gradient of E[r] is the sum of the policy gradients of the K - 1 steps before
-(`dmdr_jax.objectives.policy`) and of the pathwise gradient of the last, its input held fixed (eq. 14): back-propagating
-further would count the earlier steps twice. ::
+(`dmdr_jax.objectives.policy`) and of the pathwise gradient of the last, its input held fixed (eq. 14):
+back-propagating further would count the earlier steps twice. The two halves are in proportion where advantages are not
+divided (``group.normalise = "none"``) and this one's weight is ``policy.weight (G - 1)/(G D)``, D being the elements of
+a latent and G the group; the released weights are another choice. ::
 
     L = K mean_b 1[i = K - 1] relu( margin - sum_m w_m s_m(decode(x0)) )                                     (1)
 

@@ -72,13 +72,15 @@ def draw(scorer: Scorer, given: StudentInput, x0: Array, cond: Conditioning, key
 
     Args:
       keys: "dm/tau", "dm/renoise", "dm/guidance" and, for several points, what is folded from them.
-      group: rows per prompt, for normalisers that they share.
+      group: rows per prompt, which share noise level and normaliser where these make a group.
     """
     x0, method = jax.lax.stop_gradient(x0), scorer.plan.method
     if method.draw_mode == "renoise_group":
         return group_draw(draws(scorer, given, x0, cond, keys), scorer.plan.normaliser_floor, method.draw_rms)
-    found = one_draw(scorer, given, x0, cond, keys)
-    return share_normaliser(found, group) if method.draw_mode == "prompt_group" else found
+    if method.draw_mode == "prompt_group":
+        # At levels of their own, one number for all would weight levels against one another.
+        return share_normaliser(one_draw(scorer, given, x0, cond, keys, group), group)
+    return one_draw(scorer, given, x0, cond, keys)
 
 
 def draws(scorer: Scorer, given: StudentInput, x0: Array, cond: Conditioning, keys: Keys, group: int = 1) -> DMDraw:

@@ -66,6 +66,38 @@ def test_stages(method):
         assert [term.name for term in active(w, step)] == names
 
 
+MODES = [
+    ("gndm", {"gndm__mode": "prompt", "batch": 64}),
+    ("gndm", {"gndm__mode": "scalar", "batch": 64}),
+    ("dmdr_dpo", {"dpo__form": "denoising"}),
+    ("gdmd", {"gdmd__group": "renoise"}),
+    ("drpo", {"drpo__anchor": "dm"}),
+]
+MODES += [
+    pytest.param(method, changes, marks=pytest.mark.slow)
+    for method, changes in (
+        ("gndm", {"rollout__updates": 2}),
+        ("gdmd", {"gdmd__group": "fake"}),
+        ("ddmd", {"split__schedule": "independent"}),
+        ("ddmd", {"split__schedule": "cleaner"}),
+        ("rtdmd", {"boundary__normaliser": "estimate"}),
+        ("dmdr_grpo", {"rollout__kernel": "flow_sde(0.7)"}),
+    )
+]
+
+
+@pytest.mark.parametrize(("method", "changes"), MODES, ids=str)
+def test_the_other_modes_take_their_steps(method, changes):
+    w = world(method, **changes)
+    state, terms = moved(w), active(w, START)
+    step = jax.jit(
+        lambda s: generator_step(w.plan, terms, fake_step(w.plan, s, w.frozen, w.batch)[0], w.frozen, w.batch)
+    )
+    new, metrics = step(state)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((new.generator, new.fake, metrics)))
+    assert not leaves_equal(new.generator, state.generator) and not leaves_equal(new.fake, state.fake)
+
+
 def moved(w):
     """The state at the joint stage with reference and discriminator away from where they start."""
     extra = dict(w.state.extra)

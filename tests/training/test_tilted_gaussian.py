@@ -72,10 +72,9 @@ def world(method, batch, reward, **changes):
         dynamics__dg=0.0,  # else the real score is not the teacher's
         dm__normaliser_floor=FLOOR,
         dm__weight=2.0 * FLOOR,
-        group__combine="sum",
     )
     if "group__size" in changes:
-        settings["group__normalise"], settings["group__limit"] = "none", 1e6
+        settings |= {"group__normalise": "none", "group__limit": 1e6, "group__combine": "sum"}
     tx = optax.sgd(3.0), optax.sgd(2.0)
     return gaussian.make(method, batch=batch, tx=tx, reward=reward, **settings, **changes)
 
