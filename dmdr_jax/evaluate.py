@@ -90,12 +90,17 @@ def main(args: Any) -> None:
     if "://" in args.out:
         raise UserError(f"--out {args.out} is no place on a disk: give a folder that all hosts see, and copy it then.")
 
+    folder = Path(args.out or ".").parent if args.images or args.detections else Path(args.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {folder}: {error.strerror}.") from None
+
     from dmdr_jax.evaluation.run import evaluate
     from dmdr_jax.evaluation.shards import join_others
 
     if not args.shard:
-        is_file = args.images or args.detections
-        join_others(Path(args.out).parent if is_file else Path(args.out))
+        join_others(folder)
     print(evaluate(args))
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmdr_jax import lora
+from dmdr_jax.diffusers_io.components import MAX_SEQUENCE_LENGTH
 from dmdr_jax.diffusers_io.lora_file import write_lora
 from dmdr_jax.diffusers_io.pipeline import save_pipeline
 from dmdr_jax.diffusion.ddpm_grids import student_scheduler, timesteps_of
@@ -31,6 +32,8 @@ WITHOUT_T5 = ", text_encoder_3=None, tokenizer_3=None"
 
 def export_folder(model: Model, out: str, dtype: str | None, kernel: str | None, overwrite: bool) -> str:
     """Writes the complete pipeline; returns how to call it."""
+    if model.pipeline.folder.resolve().is_relative_to(Path(out).resolve()):
+        raise UserError(f"--out {out} is the teacher's own folder: give another name.")
     scheduler, call = sampler_settings(model, kernel)
     weights = model.weights
     params = weights.params if weights.lora is None else lora.merge(weights.params, weights.lora, weights.lora_scale)
@@ -40,6 +43,7 @@ def export_folder(model: Model, out: str, dtype: str | None, kernel: str | None,
         "kernel": str(student_kernel(model, kernel)),
         "teacher": model.meta["teacher"],
         "step": model.meta["step"],
+        "t5_length": model.pipeline.t5_length,
         "call": call,
     }
     stored = None if dtype is None else jnp.dtype(dtype)
@@ -100,8 +104,9 @@ def sampler_settings(model: Model, kernel: str | None) -> tuple[dict[str, Any], 
         timesteps = timesteps_of(process, grid)
         config = student_scheduler(base, timesteps, chosen.stochastic)
         return config, f"pipe(prompt, timesteps={timesteps}, guidance_scale=0.0).images[0]"
-    config = scheduler_config_for(grid, base, chosen.stochastic)
+    config, length = scheduler_config_for(grid, base, chosen.stochastic), model.pipeline.t5_length
+    more = "guidance_scale=0.0" + (f", max_sequence_length={length}" if length != MAX_SEQUENCE_LENGTH else "")
     if config is not None:
-        return config, f"pipe(prompt, num_inference_steps={steps}, guidance_scale=0.0).images[0]"
+        return config, f"pipe(prompt, num_inference_steps={steps}, {more}).images[0]"
     sigmas = [round(s, 7) for s in explicit_sigmas(grid, 1.0)]
-    return explicit_config(base, chosen.stochastic), f"pipe(prompt, sigmas={sigmas}, guidance_scale=0.0).images[0]"
+    return explicit_config(base, chosen.stochastic), f"pipe(prompt, sigmas={sigmas}, {more}).images[0]"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import Flow, Process
 from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.models.autoencoder import AutoencoderKL, raw_from_latents
+from dmdr_jax.rewards.memory import in_microbatches
 
 Array = jax.Array
 Tree = Any
@@ -90,21 +92,34 @@ def row_keys(seed: int, rows: Sequence[int]) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.asarray(rows, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("networks", "recipe"))
-def _draw(networks: "_Networks", recipe: Recipe, params: Tree, weights: Weights, text, empty, noise, keys) -> Array:
+AT_A_TIME = 2**20
+"""Pixels that a device decodes at a time: a decoder's activations are kilobytes a pixel."""
+
+
+@functools.partial(jax.jit, static_argnames=("networks", "recipe", "devices"))
+def _draw(
+    networks: "_Networks", recipe: Recipe, devices: int, params: Tree, weights: Weights, text, empty, noise, keys
+) -> Array:
     modules = dict(networks.modules)
     denoiser = Denoiser(modules[denoiser_of(modules)], networks.process)
     factor = modules["vae"].config.downsampling
     size = noise.shape[1] * factor, noise.shape[2] * factor
-    cond = encode(modules, params, text, size)
-    uncond = encode_uncond(modules, params, empty, size, networks.zero_uncond) if recipe.guided else None
+    cond = encode(modules, params, text, size, networks.t5_length)
+    uncond = None
+    if recipe.guided:
+        uncond = encode_uncond(modules, params, empty, size, networks.zero_uncond, networks.t5_length)
 
     def output_fn(z, t):
         return denoiser.guided_output(weights, z, t, cond, uncond, recipe.guidance)
 
     first = noise * recipe.initial_scale
     latents = sample(output_fn, denoiser.process, recipe.kernel, first, recipe.grid, keys)
-    return jnp.clip(decode_images(modules["vae"], params["vae"], latents), 0.0, 1.0)
+    decode = in_microbatches(
+        partial(decode_images, modules["vae"], params["vae"]),
+        devices * max(AT_A_TIME // (size[0] * size[1]), 1),
+        remat=False,
+    )
+    return jnp.clip(decode(latents), 0.0, 1.0)
 
 
 def _put(tree: Tree, sharding: jax.sharding.NamedSharding | None) -> Tree:
@@ -122,6 +137,7 @@ class _Networks:
     modules: tuple[tuple[str, Any], ...]
     process: Process
     zero_uncond: bool
+    t5_length: int
 
 
 def draw_images(
@@ -156,16 +172,16 @@ def draw_images(
     params = dict(params or pipeline.params)
     params.pop(pipeline.denoiser, None)
     zeros = negative_prompt is None and pipeline.zero_uncond
-    networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros)
+    networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros, pipeline.t5_length)
     empty = read_text(pipeline, [negative_prompt or ""])
     batch = batch if sharding else min(batch, len(prompts))
     places = range(len(prompts)) if places is None else places
-    images = []
+    images, devices = [], sharding.num_devices if sharding else 1
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
         text, keys = read_text(pipeline, [prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
         text, first = _put((text, noise[rows]), sharding)  # over several hosts jax takes no keys here
-        drawn = _draw(networks, recipe, params, weights, text, empty, first, keys)
+        drawn = _draw(networks, recipe, devices, params, weights, text, empty, first, keys)
         images.append(on_host(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)

@@ -23,7 +23,7 @@ from dmdr_jax.models.attention import kernel_for
 from dmdr_jax.models.conditioning import Conditioning
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import disk
-from dmdr_jax.training.checkpoints import load_trained
+from dmdr_jax.training.checkpoints import is_best, load_trained
 from dmdr_jax.training.state import with_buffers
 
 EncodeAll = Callable[[Pipeline], Encoded]
@@ -130,7 +130,8 @@ def open_model(
       UserError: it is none of these, or something in it is missing or damaged.
     """
     folder = Path(resolve(path))
-    if disk.is_remote(path) or (folder.is_dir() and not (folder / "model_index.json").exists()):
+    of_a_run = folder.is_dir() and not (folder / "model_index.json").exists()
+    if disk.is_remote(path) or of_a_run or is_best(path):
         return open_checkpoint(path, dtype, use_ema, encode_all)
     pipeline = _load(path, dtype, None, t5, encode_all)
     return Model(pipeline, Weights(pipeline.params[pipeline.denoiser]))
@@ -145,7 +146,11 @@ def open_checkpoint(
     if "student" not in meta or "teacher" not in meta:
         raise UserError(f"{path} was not written by dmdr_jax.train: its metadata names no teacher.")
     settings = meta["config"]
-    pipeline = _load(meta["teacher"], dtype, settings["variant"] or None, settings.get("t5", True), encode_all)
+    variant, t5, length = settings["variant"] or None, settings.get("t5", True), settings.get("t5_length")
+    try:
+        pipeline = _load(meta["teacher"], dtype, variant, t5, encode_all, length)
+    except UserError as error:
+        raise UserError(f"the teacher of {path}, config.model={meta['teacher']}: {error}") from error
     if pipeline.configs[pipeline.denoiser] != meta["model"]["denoiser"]:
         raise UserError(f"{path} was trained from another {pipeline.denoiser} than the one now in {meta['teacher']}.")
     base, scale = pipeline.params[pipeline.denoiser], meta["student"]["generator_lora_scale"]
@@ -158,7 +163,7 @@ def encode_prompts(
     pipeline: Pipeline, prompts: Sequence[str], batch: int, progress: Callable[[int], Any] = lambda encoded: None
 ) -> Encoded:
     """What a pipeline's text encoders make of prompts, ``batch`` at a time, in the host's memory."""
-    program = jax.jit(partial(encode_text, pipeline.modules))
+    program = jax.jit(partial(encode_text, pipeline.modules, max_sequence_length=pipeline.t5_length))
 
     def encode_batch(texts: Sequence[str]) -> Conditioning:
         return program(text_params(pipeline), tokenize(pipeline, texts))
@@ -166,10 +171,17 @@ def encode_prompts(
     return Encoded.make(prompts, batch, encode_batch, progress)
 
 
-def _load(name: str, dtype: Any, variant: str | None, t5: bool, encode_all: EncodeAll | None) -> Pipeline:
+def _load(
+    name: str, dtype: Any, variant: str | None, t5: bool, encode_all: EncodeAll | None, t5_length: int | None = None
+) -> Pipeline:
     """The pipeline; without T5 it is one that has none, also where it is written out again."""
-    name = resolve(name)
-    load, wanted = partial(load_pipeline, name, dtype=dtype, variant=variant), components_of(name, optional=t5)
+    name, wanted = resolve(name), components_of(resolve(name), optional=t5)
+
+    def load(components: Sequence[str]) -> Pipeline:
+        pipeline = load_pipeline(name, components, dtype=dtype, variant=variant)
+        pipeline.t5_length = t5_length or pipeline.t5_length
+        return pipeline
+
     pipeline = load_text_first(load, wanted, encode_all) if encode_all else load(wanted)
     if not t5:
         pipeline.configs = {component: pipeline.configs[component] for component in wanted}

@@ -7,6 +7,8 @@ and guidance give the pixels that diffusers gives; a student is drawn on the gri
 """
 
 import argparse
+import math
+from pathlib import Path
 from typing import Any
 
 from dmdr_jax import cli
@@ -50,14 +52,16 @@ def parser() -> argparse.ArgumentParser:
 def main(args: Any) -> None:
     import json
     from functools import partial
-    from pathlib import Path
 
     from dmdr_jax.data.prompts import load_prompts
 
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, and is {args.seed}.")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to 2147483647, and is {args.seed}.")
+    if not math.isfinite(args.guidance or 0.0):
+        raise UserError(f"--guidance must be a number, not {args.guidance}.")
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, not {args.batch}.")
+    out = check_folder(args.out)
     timesteps = read_timesteps(args.timesteps) if args.timesteps else None
     prompts = load_prompts(args.prompts)
     latents = read_latents(args.latents, len(prompts)) if args.latents else None
@@ -77,8 +81,10 @@ def main(args: Any) -> None:
     recipe = model.recipe(args.steps, args.kernel, args.guidance, size, timesteps)
     if latents is None:
         latents = initial_noise(model.pipeline, *size, range(args.seed, args.seed + len(prompts)))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}.") from None
     with tqdm(total=len(prompts), desc=f"{len(recipe.grid) - 1} steps, {recipe.kernel}", unit="image") as bar:
         options = dict(batch=args.batch, negative_prompt=args.negative_prompt, seed=args.seed, progress=bar.update)
         images = draw_images(model.pipeline, model.weights, recipe, prompts, latents, **options)
@@ -86,6 +92,14 @@ def main(args: Any) -> None:
     (out / "prompts.txt").write_text("".join(" ".join(p.split()) + "\n" for p in prompts), encoding="utf-8")
     (out / "settings.json").write_text(json.dumps({**vars(args), "grid": recipe.grid, "nfe": recipe.nfe}, indent=2))
     print(f"{len(images)} images in {out}")
+
+
+def check_folder(name: str) -> Path:
+    """The path; UserError where no folder can be there, for a file is in its way."""
+    there = next(path for path in (Path(name).absolute(), *Path(name).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {name} cannot be a folder: {there} is a file.")
+    return Path(name)
 
 
 def read_timesteps(text: str) -> list[float]:
@@ -102,8 +116,10 @@ def read_latents(file: str, count: int) -> Any:
 
     try:
         latents = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--latents {file} is not a readable .npy file: {error}.") from None
+    if not isinstance(latents, np.ndarray):
+        raise UserError(f"--latents {file} holds several arrays: give a .npy file with one.")
     if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
         raise UserError(f"--latents must be floats [b, c, h, w]; {file} holds {latents.dtype} {latents.shape}.")
     if len(latents) != count:
@@ -131,7 +147,7 @@ def image_size(model: Any, height: int | None, width: int | None, latents: Any) 
 
 
 def write_images(out: Any, images: Any, file_format: str) -> None:
-    """``images.npy``, or one numbered PNG per image."""
+    """``images.npy``, or one numbered PNG per image; those that an earlier call with more prompts left are removed."""
     import numpy as np
     from PIL import Image
 
@@ -140,6 +156,9 @@ def write_images(out: Any, images: Any, file_format: str) -> None:
         return
     for i, image in enumerate(images):
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(out / f"{i:05d}.png")
+    for old in out.glob("[0-9][0-9][0-9][0-9][0-9].png"):
+        if int(old.stem) >= len(images):
+            old.unlink()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from dmdr_jax import cli
+from dmdr_jax.errors import UserError
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made if absent, gone on with if not.", required=True)
 flags.DEFINE_string("coordinator", "", "Of several processes: HOST:PORT of process 0, the port any that is free.")
@@ -28,6 +29,8 @@ def main(config: Any) -> None:
     from dmdr_jax.training import loop, runtime
 
     given = flags.FLAGS
+    if not given.workdir.strip():
+        raise UserError("--workdir is empty: give the run a folder.")
     process_id = None if given.process_id < 0 else given.process_id
     with runtime.joined(given.coordinator or None, given.processes or None, process_id) as stop:
         loop.train(config, given.workdir, stop)

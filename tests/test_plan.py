@@ -141,6 +141,10 @@ def test_a_sweep_takes_the_cheapest_that_fits():
     assert answers[0].verdict == judge.GREEN and answers[0].facts.topology == "v5e:2x4"
     assert answers[0].images_per_chip == 1
     assert [t for t in tried if t[2]] == [("v5e:2x4", 2, True), ("v5e:2x4", 1, True)]
+    tried.clear()  # of many counts the most, then the fewest, then those between
+    answers = sweep.sweep(request, ["v5e"], [1, 2, 3, 4, 8], ask, True, {})
+    assert [t for t in tried if t[2]] == [("v5e:2x4", n, True) for n in (8, 1, 4, 3, 2)]
+    assert answers[0].verdict == judge.GREEN and answers[0].images_per_chip == 1
     with pytest.raises(UserError, match="fits no slice"):
         none = lambda request: judged(held=1e12, peak=1e12)
         sweep.sweep(request, ["v5e"], [1], none, True, {})

@@ -126,6 +126,8 @@ def trained(request, folders, prompts_file, tmp_path_factory, moved_at_random):
     """Kind, kernel, teacher and workdir of a run."""
     family, kind, kernel = request.param.split("-")
     settings = dict(generator__kind=kind, student__simulation=kernel, steps=2, height=16, width=24)
+    if kernel == "renoise":
+        settings["t5_length"] = 12  # which the call that export prints must say
     if family == "sdxl":
         settings |= dict(student__shift=1.0, generator__lora__targets="wide")
     config = tiny.config(folders[family], prompts_file, **settings)
@@ -246,6 +248,10 @@ def test_export_refuses_what_is_there_and_kernels_diffusers_lacks(trained, tmp_p
     with pytest.raises(UserError, match="taken"):
         export.main(export.parser().parse_args(["--checkpoint", str(run), "--out", str(tmp_path / "taken")]))
     assert (tmp_path / "taken" / "file").read_text() == "mine"
+    for own in (run, run / "checkpoints", trained[2]):  # nor is anything but a pipeline replaced, or the teacher
+        with pytest.raises(UserError, match="give another name"):
+            export.main(export.parser().parse_args(["--checkpoint", str(run), "--out", str(own), "--overwrite"]))
+    assert (run / "metrics.jsonl").exists() and (trained[2] / "model_index.json").exists()
 
 
 def test_a_student_trained_without_t5_is_drawn_and_exported_without_it(tmp_path, prompts_file, capsys, moved_at_random):
@@ -293,6 +299,9 @@ def test_an_image_does_not_depend_on_its_batch(folder, prompts_file, tmp_path, k
         (["--kernel", "heun"], "ode, renoise or cps"),
         (["--latents", "nowhere.npy"], "nowhere.npy"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--seed", "5000000000"], "--seed"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--out", __file__], "cannot be a folder"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )

@@ -67,7 +67,19 @@ def as_record(item: Any, place: str) -> Record:
         )
     if not isinstance(item[field], str):
         raise UserError(f"{place}: the field {field!r} must be a string, not {item[field]!r}")
-    return {**item, "prompt": item[field].strip()}
+    prompt = item[field].strip()
+    if not _is_text(prompt):
+        raise UserError(f"{place}: the field {field!r} holds half of a character, {prompt!a}; mend or remove it")
+    return {**item, "prompt": prompt}
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether it can be written: JSON may spell one half of a surrogate pair without the other."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def prompt_field(names: Sequence[str] | Record) -> str | None:

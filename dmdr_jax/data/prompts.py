@@ -8,6 +8,7 @@ the step and nothing else, and any number of hosts sees the same global batches.
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -60,8 +61,8 @@ def read_eval_records(path: str | pathlib.Path) -> list[Record]:
     """Prompts to evaluate on, with whatever else their file says about them.
 
     Returns:
-      One record per prompt with the field "prompt"; from JSON and parquet also every other field, such as GenEval's
-      "tag", "include" and "exclude" (Ghosh et al. 2023).
+      One record per prompt with the field "prompt"; from JSON and parquet also every other field that JSON can hold,
+      such as GenEval's "tag", "include" and "exclude" (Ghosh et al. 2023).
 
     Raises:
       UserError: as `load_prompts`, or GenEval's fields have the wrong type.
@@ -72,11 +73,20 @@ def read_eval_records(path: str | pathlib.Path) -> list[Record]:
         records = [record for record in file_records(pathlib.Path(path).expanduser()) if record["prompt"]]
     if not records:
         raise UserError(f"{path} holds no prompts; give at least one")
+    records = [{key: value for key, value in record.items() if _is_json(value)} for record in records]
     for number, record in enumerate(records, 1):
         for field, kind, name in (("tag", str, "a string"), ("include", list, "a list"), ("exclude", list, "a list")):
             if not isinstance(record.get(field, kind()), kind):
                 raise UserError(f"{path}, record {number}: GenEval's field {field!r} must be {name}")
     return records
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class PromptStream:

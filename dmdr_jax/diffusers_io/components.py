@@ -20,6 +20,10 @@ from dmdr_jax.errors import UserError
 Config = dict[str, Any]
 
 
+MAX_SEQUENCE_LENGTH = 256
+"""Tokens of SD3's T5, as diffusers' pipeline has it by default."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a kind of pipeline consists of.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from dmdr_jax.diffusers_io import hub, keymap, safetensors_io
 from dmdr_jax.diffusers_io.components import (
     FAMILIES,
+    MAX_SEQUENCE_LENGTH,
     SD3,
     Config,
     Family,
@@ -66,6 +67,7 @@ class Pipeline:
       variant: the variant the weights were read from.
       student: `STUDENT_FILE` where the folder is an exported student, else None.
       encoded: `dmdr_jax.diffusers_io.text.Encoded`, what is known of prompts where the text encoders are not loaded.
+      t5_length: tokens of SD3's T5, or those that stand for it.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Pipeline:
     variant: str | None = None
     student: Config | None = None
     encoded: Any = None
+    t5_length: int = MAX_SEQUENCE_LENGTH
 
     @property
     def kind(self) -> Family:
@@ -174,6 +177,7 @@ def load_pipeline(
         tokenizers=tokenizers,
         variant=variant,
         student=student,
+        t5_length=(student or {}).get("t5_length", MAX_SEQUENCE_LENGTH),
     )
 
 
@@ -396,8 +400,11 @@ def _check_tree(pipeline: Pipeline, component: str, tree: Tree) -> None:
 @contextlib.contextmanager
 def _new_folder(out_dir: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes ``out_dir`` when the block has ended well, and else leaves nothing."""
-    if out_dir.exists() and not overwrite and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} exists already; choose another folder or remove it.")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        if not overwrite:
+            raise UserError(f"{out_dir} exists: give another name or --overwrite.")
+        if not (out_dir / hub.INDEX).is_file():
+            raise UserError(f"{out_dir} is no pipeline's folder, which --overwrite could replace: give another name.")
     try:
         out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.absolute().parent))

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax import arrays
 from dmdr_jax.arrays import on_host
-from dmdr_jax.diffusers_io.components import SD3, SDXL, denoiser_of
+from dmdr_jax.diffusers_io.components import MAX_SEQUENCE_LENGTH, SD3, SDXL, denoiser_of
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.conditioning import Conditioning, map_rows
@@ -36,21 +37,15 @@ Text = Mapping[str, Any] | Conditioning
 
 CLIP_TOWERS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
-MAX_SEQUENCE_LENGTH = 256
-"""Tokens of the T5 part, as diffusers' pipeline has it by default."""
-
 _TOKENIZING = threading.Lock()  # a tokenizer that is at work in one thread must not be told another length in a second
 
 
-def tokenize(
-    pipeline: Pipeline, prompts: Sequence[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH
-) -> dict[str, np.ndarray]:
+def tokenize(pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Token ids of prompts, padded and cut to each tokenizer's fixed length.
 
     Args:
       pipeline: loaded with its text encoders.
       prompts: b texts; the unconditional prompt is ``""``.
-      max_sequence_length: length for T5.
 
     Returns:
       ``[b, n]`` int32 by text encoder name; no entry for T5 where the pipeline has none.
@@ -64,7 +59,7 @@ def tokenize(
     # diffusers cuts both towers at the first tokenizer's length.
     positions = min(pipeline.modules[name].config.max_position_embeddings for name in CLIP_TOWERS)
     lengths = dict.fromkeys(CLIP_TOWERS, min(pipeline.tokenizers[CLIP_TOWERS[0]].model_max_length, positions))
-    lengths[T5] = max_sequence_length
+    lengths[T5] = pipeline.t5_length
     return {name: _ids(tokenizer, prompts, lengths[name]) for name, tokenizer in pipeline.tokenizers.items()}
 
 
@@ -100,7 +95,7 @@ class Encoded:
         for start in range(0, len(texts), batch):
             rows = texts[start : start + batch]
             part = jax.tree.map(on_host, encode_batch([*rows, *[""] * (batch - len(rows))]))
-            table = jax.tree.map(partial(_like, len(texts)), part) if table is None else table
+            table = _room(len(texts), part) if table is None else table
             jax.tree.map(partial(_fill, start, len(rows)), table, part)
             progress(start + len(rows))
         assert table is not None, "no prompt"
@@ -120,6 +115,15 @@ class Encoded:
         return f"{len(self.rows)} prompts encoded, {size / 1e9:.2f} GB on the host"
 
 
+def _room(count: int, part: Conditioning) -> Conditioning:
+    """Arrays for ``count`` prompts like those of one batch; UserError where the host has no memory for them."""
+    size = sum(leaf.nbytes // len(leaf) * count for leaf in jax.tree.leaves(part) if leaf.ndim > 1)
+    if size > (free := arrays.free_memory()):
+        told = f"what is kept of {count} prompts takes {size / 1e9:.0f} GB, and the host has {free / 1e9:.0f} GB left"
+        raise UserError(f"{told}; take fewer prompts, or leave encode_once off.")
+    return jax.tree.map(partial(_like, count), part)
+
+
 def _like(count: int, part: np.ndarray) -> np.ndarray:
     """Room for all rows; what has one axis is for all rows."""
     return part if part.ndim == 1 else np.empty((count, *part.shape[1:]), part.dtype)
@@ -130,11 +134,11 @@ def _fill(start: int, count: int, table: np.ndarray, part: np.ndarray) -> None:
         table[start : start + count] = part[:count]
 
 
-def read_text(pipeline: Pipeline, prompts: Sequence[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Text:
+def read_text(pipeline: Pipeline, prompts: Sequence[str]) -> Text:
     """Prompts as `encode` takes them, on the host: encoded where the text encoders have left, else token ids."""
     if pipeline.encoded is not None:
         return pipeline.encoded.of(prompts)
-    return tokenize(pipeline, prompts, max_sequence_length)
+    return tokenize(pipeline, prompts)
 
 
 def load_text_first(
@@ -237,9 +241,10 @@ def encode_uncond(
     text: Text,
     size: tuple[int, int],
     zeros: bool,
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
 ) -> Conditioning:
     """What guidance leads away from, one row: ``text`` (of one row too) encoded, or zeros (`zeroed`)."""
-    cond = encode(modules, params, text, size)
+    cond = encode(modules, params, text, size, max_sequence_length)
     return zeroed(cond) if zeros else cond
 
 

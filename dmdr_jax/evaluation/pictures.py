@@ -75,7 +75,8 @@ class Pictures:
         self._folder, self._results = folder, results
         self.models = shown_models(results)
         self._arrays: dict[str, np.ndarray] = {}
-        if (folder / IMAGES_FILE).is_file():
+        in_galleries = all("gallery" in results["models"][m] for m in self.models)
+        if (folder / IMAGES_FILE).is_file() and not in_galleries:  # else it is another evaluation's
             with np.load(folder / IMAGES_FILE) as stored:
                 self._arrays = {name: stored[name] for name in stored.files}
         self.index = self._arrays["index"].tolist() if self._arrays else self._in_galleries()

@@ -1,7 +1,8 @@
 """Which slice, and how many images on a chip: the cheapest that fits, of each kind of chip.
 
 What a run costs at best is arithmetic and hardly depends on the slice; whether it fits needs the compiler. So for each
-kind of chip the slices are tried from the cheapest on, more images on a chip before fewer, until one is green.
+kind of chip the slices are tried from the cheapest on: first with the most images on a chip, which is the cheapest; if
+that does not fit, with the fewest, without which the slice is given up; then with those between, until one is green.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from dmdr_jax.planning.topology import CHIPS, Chip, parse, smaller_and_larger
 
 IMAGES = (1, 2, 4, 8)
 LARGEST = 256
-TRIES = 6
+TRIES = 9
 """Compilations for one kind of chip; each takes most of a minute."""
 
 
@@ -65,12 +66,24 @@ def _sweep_kind(
     if not compiled:
         yield from estimates[:1]
         return
-    for estimate in estimates[:TRIES]:
-        real = ask(
-            dataclasses.replace(
-                request, topology=estimate.facts.topology, images_per_chip=int(estimate.images_per_chip)
-            )
-        )
-        yield real
-        if real.verdict == GREEN:
+    tries = 0
+    for place in dict.fromkeys(estimate.facts.topology for estimate in estimates):
+        counts = sorted({int(e.images_per_chip) for e in estimates if e.facts.topology == place}, reverse=True)
+        fits = False
+        for count in dict.fromkeys((counts[0], counts[-1], *counts[1:-1])):
+            if tries == TRIES:
+                return
+            tries += 1
+            try:
+                real = ask(dataclasses.replace(request, topology=place, images_per_chip=count))
+            except UserError:
+                continue
+            yield real
+            green = real.verdict == GREEN
+            if green and count != counts[-1]:
+                return
+            if not green and count == counts[-1]:
+                break
+            fits |= green
+        if fits:
             return

@@ -17,7 +17,7 @@ class Work:
     Attributes:
       flops: operations.
       traffic: bytes of the operands and results of products, as if each went to memory and back.
-      gathered: bytes of parameters made whole by `dmdr_jax.models.placement.whole`.
+      gathered: bytes of parameters made whole by `dmdr_jax.models.placement`.
     """
 
     flops: float = 0.0

@@ -67,6 +67,12 @@ class RewardSpec:
     negative_words: tuple[str, ...] = ()
     contrast: float = 0.1
 
+    @property
+    def scorer(self) -> tuple[str, ...]:
+        """What decides on a score, whatever it counts for."""
+        files = self.path, self.kind, self.tokenizer, self.backbone, self.arch
+        return (self.name, *files, self.activation, self.resize, self.prompt_prefix)
+
     def __post_init__(self) -> None:
         # A configuration has lists; a spec is hashed.
         object.__setattr__(self, "positive_words", tuple(self.positive_words))

@@ -39,7 +39,7 @@ def in_teacher_units(
     if not unknown:
         return rewards
     drawing = preview.of(evenly(prompts, min(config.calibration, len(prompts))))
-    scorers = [[r.spec.name, r.spec.path, r.spec.kind, r.spec.prompt_prefix] for r in unknown]
+    scorers = [r.spec.scorer for r in unknown]
     known_as = key_of(drawing.prompts, str(drawing.teacher_recipe), scorers, config.model, list(drawing.noise.shape))
     file = preview.folder.parent / FILE
     scores = _recall(file, known_as) or _measure(drawing, unknown, file, known_as)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -195,7 +196,9 @@ def _read_fields(folder: epath.Path, fields: Sequence[str]) -> dict[str, Tree]:
 def find_step(path: epath.PathLike) -> epath.Path:
     """The step folder that `path` means: itself, the latest of a checkpoints folder or workdir, or WORKDIR/best."""
     path = disk.absolute(path)
-    if path.name == BEST and not path.exists() and (path.parent / BEST_FILE).exists():
+    if is_best(path):
+        if not (path.parent / BEST_FILE).exists():
+            raise UserError(f"{path.parent} names no best checkpoint: it was not watched (config.watch.every)")
         step = json.loads((path.parent / BEST_FILE).read_text())["step"]
         if step is None:
             raise UserError(f"{path.parent / BEST_FILE} names none: all checkpoints are younger than the reward gap")
@@ -208,6 +211,15 @@ def find_step(path: epath.PathLike) -> epath.Path:
         if steps := _finished_steps(folder):
             return folder / str(steps[-1])
     raise UserError(f"{path} holds no checkpoint; give a run's workdir, its {CHECKPOINTS} folder or one step's folder")
+
+
+def is_best(path: epath.PathLike) -> bool:
+    """Whether WORKDIR/best is meant, which is no folder, of a workdir that is there."""
+    text = os.fspath(path)
+    if not text.endswith(BEST) or ("://" in text and not disk.is_remote(text)):
+        return False
+    path = disk.absolute(text)
+    return path.name == BEST and not path.exists() and (path.parent / CHECKPOINTS).is_dir()
 
 
 def _finished_steps(directory: epath.Path) -> list[int]:
@@ -328,11 +340,11 @@ def _check_sums(folder: epath.Path, saved: dict[str, list], state: Tree) -> None
 
 @contextlib.contextmanager
 def _damage(folder: epath.Path) -> Iterator[None]:
-    """Whatever goes wrong in reading a finished checkpoint means that it is damaged, and ends the run."""
+    """What goes wrong in reading a finished checkpoint means that it is damaged, but for the network's errors."""
     try:
         yield
     except Exception as error:  # tensorstore raises bare Exception
-        if isinstance(error, UserError) or runtime.is_loss(error):
+        if isinstance(error, UserError) or runtime.is_loss(error) or disk.passes(error):
             raise
         raise UserError(_damage_message(folder, _first_line(_root_cause(error)))) from error
 

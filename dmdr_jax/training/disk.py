@@ -22,6 +22,21 @@ _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used
 _FULL_TEXTS = ("no space left on device", "disk quota exceeded")  # of libraries that wrap the errno
 
 
+_PASSING = ("unavailable", "deadline", "timed out", "timeout", "connection", "try again", "too many requests", " 503")
+"""Words of errors that may be gone the next time."""
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is of the network and not of what was read or written."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ConnectionError | TimeoutError) or any(word in str(error).lower() for word in _PASSING):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path lies in the object store."""
     return os.fspath(path).startswith(STORE)
@@ -79,7 +94,7 @@ def writing(what: str, kept: Callable[[], str] = str) -> Iterator[None]:
         yield
     except Exception as error:
         why = _why(error)
-        if why is None:
+        if why is None or passes(error):
             raise
         safe, mend = kept(), "make room" if why in _FULL.values() else "mend that"
         advice = f"{safe}, so {mend}" if safe else mend

@@ -1,6 +1,7 @@
 """The training loop: reads top to bottom in the order things happen."""
 
 import json
+import os
 import platform
 import zlib
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     layout = mesh_choice.make_layout(config.mesh, lambda: AbstractRun.of(config).residents())
     setup.check_batches(config, layout)
     pipeline = setup.load_teacher(config, layout, prompts)
-    rewards = setup.load_rewards(config, prompts)
+    rewards = setup.load_rewards(config, prompts, layout)
     held_out = setup.held_out_rewards(config, rewards)
     terms = setup.make_terms(config, rewards)
     plan = setup.make_plan(config, pipeline, rewards)
@@ -99,7 +100,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
 
     def read(n: int) -> tuple[list[str], Text]:
         chosen = stream.batch(n)
-        return chosen, read_text(pipeline, chosen, config.t5_length)
+        return chosen, read_text(pipeline, chosen)
 
     updates = Updates(plan, terms, layout)
     with (
@@ -181,8 +182,9 @@ class Updates:
 def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout) -> Frozen:
     """The frozen networks on their devices, and the unconditional prompt."""
     zeros = setup.zero_uncond(config, pipeline)
-    encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, size=plan.image_size, zeros=zeros))
-    empty = read_text(pipeline, [""], config.t5_length)
+    fixed = dict(size=plan.image_size, zeros=zeros, max_sequence_length=config.t5_length)
+    encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, **fixed))
+    empty = read_text(pipeline, [""])
     return Frozen(
         base=pipeline.params[pipeline.denoiser],
         vae=setup.reward_decoder(pipeline.params),
@@ -194,7 +196,7 @@ def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward
 
 def survey_prompts(config: Any, pipeline: Pipeline, rewards: Sequence[Reward], texts: Sequence[str]) -> Survey:
     """What is odd about the prompts ``texts`` of a run, blank ones included."""
-    lengths = {name: ids.shape[-1] for name, ids in tokenize(pipeline, [""], config.t5_length).items()}
+    lengths = {name: ids.shape[-1] for name, ids in tokenize(pipeline, [""]).items()}
     readers = {name: (pipeline.tokenizers[name], length) for name, length in lengths.items()}
     texted = [reward for reward in rewards if hasattr(reward, "tokenizer")]
     readers |= {reward.spec.name: (reward.tokenizer, reward.tokenize([""]).shape[-1]) for reward in texted}
@@ -217,7 +219,16 @@ def run_metadata(config: Any, pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         "generator_lora_scale": plan.generator_lora_scale,
     }
     model = json.loads(json.dumps(model))  # as it will be read back
-    return {"model": model, "teacher": config.model, "student": recipe, "config": _plain(config)}
+    local = not disk.is_remote(config.model) and os.path.isdir(os.path.expanduser(config.model))
+    teacher = os.path.abspath(os.path.expanduser(config.model)) if local else config.model  # from whichever folder
+    known = {"model": model, "teacher": teacher, "student": recipe, "config": _plain(config)}
+    return known | {"versions": run_versions()}
+
+
+def run_versions() -> dict[str, str]:
+    """Of this program and of what its numbers depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"dmdr_jax": __version__, "python": platform.python_version(), **versions(packages)}
 
 
 def make_folder(workdir: epath.Path) -> None:
@@ -228,12 +239,11 @@ def make_folder(workdir: epath.Path) -> None:
 
 def write_config(workdir: epath.Path, config: Any, meta: dict[str, Any], prompts: Survey) -> None:
     """``config.json``: the whole configuration, what its prompts are like, and the versions it ran with."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     document = {
         "command": command(),
         "config": meta["config"],
         "prompts": str(prompts),
-        "versions": {"dmdr_jax": __version__, "python": platform.python_version(), **versions(packages)},
+        "versions": meta["versions"],
         "commit": commit(),
         "devices": [str(device) for device in jax.devices()],
         "processes": jax.process_count(),

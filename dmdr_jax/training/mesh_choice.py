@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dmdr_jax.training import runtime
 from dmdr_jax.training.layout import DENOISERS, Layout
 from dmdr_jax.training.rules import SPLIT_COMPONENTS
 from dmdr_jax.training.sharding import count_slices
@@ -97,9 +98,10 @@ def has_three_axes(devices: Sequence[Any]) -> bool:
     return bool(places) and sum(len(set(along)) > 1 for along in zip(*places)) == 3
 
 
-def memory_limit(device: jax.Device) -> float:
-    """Bytes of a device's memory; infinite where it does not say."""
-    return float((device.memory_stats() or {}).get("bytes_limit", math.inf)) if device.platform != "cpu" else math.inf
+def memory_limit(devices: Sequence[Any]) -> float:
+    """Bytes of a device's memory, of those of this process, for others say nothing here; infinite where it does not."""
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    return float((own.memory_stats() or {}).get("bytes_limit", math.inf)) if own.platform != "cpu" else math.inf
 
 
 def make_layout(
@@ -107,7 +109,7 @@ def make_layout(
 ) -> Layout:
     """The layout that ``config.mesh`` asks for; see `sizes`."""
     devices = jax.devices() if devices is None else devices
-    limit = memory_limit(devices[0]) if limit is None else limit
+    limit = runtime.from_first(memory_limit(devices)) if limit is None else limit
     data, fsdp, split = sizes(mesh, held, devices, limit)
     return Layout.make(data, fsdp, split, devices)
 
@@ -122,6 +124,8 @@ def sizes(mesh: Any, held: Callable[[], Residents], devices: Sequence[Any], limi
     """
     in_slice = len(devices) // count_slices(devices)
     fsdp, split = mesh.fsdp, mesh.base != "whole"
+    if not fsdp and mesh.data > 0:
+        fsdp = max(len(devices) // mesh.data, 1)  # what data leaves
     if not fsdp and (in_slice == 1 or math.isinf(limit)):
         fsdp = 1
     elif not fsdp:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dmdr_jax.data.prompts import evenly
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusion.denoiser import Weights
+from dmdr_jax.evaluation.journal import key_of
 from dmdr_jax.generate import Recipe, draw_images, initial_noise, teacher_recipe
 from dmdr_jax.training import disk, runtime
 from dmdr_jax.training.layout import Layout
@@ -23,6 +25,7 @@ Tree = Any
 
 BORDER = 2  # pixels between images
 BATCH = 16  # images drawn at a time, at least
+TOLD = "known_as"  # the field of a PNG that says what it shows
 
 
 @dataclasses.dataclass
@@ -55,12 +58,13 @@ class Preview:
         return dataclasses.replace(self, prompts=prompts, noise=noise)
 
     def teacher(self, writer: MetricWriter, step: int) -> None:
-        """The prompts and the teacher's grid, where they are not there yet."""
+        """The prompts and the teacher's grid, where it is not there yet, or is of other prompts or settings."""
         if not self.prompts:
             return
         self._write_file("prompts.txt", ("\n".join(self.prompts) + "\n").encode())
-        if not (self.folder / "teacher.png").exists():
-            self._write(writer, step, "teacher", self.draw_teacher())
+        known_as = key_of(self.prompts, str(self.teacher_recipe), list(self.noise.shape), self.pipeline.name)
+        if not runtime.from_first(_told(self.folder / "teacher.png") == known_as):
+            self._write(writer, step, "teacher", self.draw_teacher(), told=known_as)
 
     def student(self, writer: MetricWriter, step: int, average: Tree, frozen: Frozen, file: str | None = None) -> None:
         """The averaged student's grid at ``step``, in ``file``.png or one that names the step."""
@@ -84,10 +88,12 @@ class Preview:
         options: dict[str, Any] = dict(batch=batch, sharding=sharding, progress=progress)
         return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, **options)
 
-    def _write(self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None) -> None:
-        grid = image_grid(images)
-        picture = io.BytesIO()
-        Image.fromarray(grid).save(picture, format="png")
+    def _write(
+        self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None, told: str = ""
+    ) -> None:
+        grid, picture, inside = image_grid(images), io.BytesIO(), PngInfo()
+        inside.add_text(TOLD, told)
+        Image.fromarray(grid).save(picture, format="png", pnginfo=inside)
         self._write_file(f"{file or name}.png", picture.getvalue())
         writer.images(step, {f"samples/{name}": grid})
 
@@ -106,3 +112,12 @@ def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
         top, left = (k * (side + BORDER) + BORDER for k, side in zip(divmod(i, columns), (height, width)))
         canvas[top : top + height, left : left + width] = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     return canvas
+
+
+def _told(file: epath.Path) -> str:
+    """What a picture of ours says that it shows; "" where there is none, or it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(file.read_bytes())) as picture:
+            return str(picture.info.get(TOLD, ""))
+    except OSError:
+        return ""

@@ -45,7 +45,7 @@ def load_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages | None:
     for start in range(0, len(images), BATCH):
         part = slice(start, start + BATCH)
         latents.append(encode_image(params["vae"], images[part].astype(np.float32) / 127.5 - 1.0))
-        features.append(encode_text(towers, tokenize(pipeline, captions[part], config.t5_length)))
+        features.append(encode_text(towers, tokenize(pipeline, captions[part])))
     return RealImages(jnp.concatenate(latents), concatenate(features))
 
 
@@ -65,12 +65,17 @@ def read_images(path: str, size: tuple[int, int]) -> tuple[np.ndarray, list[str]
 
 
 def _read_array(place: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
-    images = np.load(place, mmap_mode="r")
+    try:
+        images = np.load(place, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"config.gan.images: {place} is not a readable .npy file: {error}.") from None
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
         found = f"{images.dtype}{list(images.shape)}"
         raise UserError(f"config.gan.images: {place} must be uint8 [n, h, w, 3], not {found}.")
     text = place.with_suffix(".txt")
-    captions = text.read_text(encoding="utf-8").splitlines() if text.is_file() else [""] * len(images)
+    captions = [""] * len(images)
+    if text.is_file():
+        captions = text.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     if len(captions) != len(images):
         raise UserError(f"config.gan.images: {text} has {len(captions)} lines for {len(images)} images.")
     return np.stack([_fit(image, size) for image in images]), captions

@@ -39,6 +39,8 @@ HEARTBEAT_SECONDS = 100
 """How long a process may give no sign of life until the others take it for dead."""
 LEAVE_SECONDS = 30
 """How long a process that ends waits for the others to end as well."""
+MOMENT_SECONDS = 5.0
+"""And one with an error that may be its own alone."""
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses, as `dmdr_jax.cli` has them
@@ -269,6 +271,8 @@ def _fail(error: BaseException) -> NoReturn:
     who = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, UserError):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # Where it is this process's error alone the others never come, and the wait would end in an abort.
+        threading.Timer(MOMENT_SECONDS, _exit, (BAD_INPUT,)).start()
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
         _exit(BAD_INPUT)

@@ -134,14 +134,19 @@ def load_teacher(config: Any, layout: Layout, prompts: Sequence[str] = ()) -> Pi
     if not config.model:
         raise UserError("config.model is empty: give a diffusers folder, a hub id, shapes:sd3 or shapes:sdxl.")
     name = resolve(config.model)
-    load = partial(
-        load_pipeline,
-        name,
-        dtype=base,
-        compute_dtype=compute,
-        sharding=layout.component_shardings,
-        variant=config.variant or None,
-    )
+
+    def load(components: Sequence[str]) -> Pipeline:
+        pipeline = load_pipeline(
+            name,
+            components,
+            dtype=base,
+            compute_dtype=compute,
+            sharding=layout.component_shardings,
+            variant=config.variant or None,
+        )
+        pipeline.t5_length = config.t5_length
+        return pipeline
+
     wanted = components_of(name, optional=config.t5)
     if config.encode_once:
         pipeline = load_text_first(load, wanted, partial(encode_all, config, layout, prompts))
@@ -212,13 +217,26 @@ def held_out_rewards(config: Any, trained: tuple[Reward, ...]) -> tuple[Reward, 
     return held_out
 
 
-def load_rewards(config: Any, prompts: Sequence[str] = ()) -> tuple[Reward, ...]:
-    """The rewards of the run, in the order of their names; ``prompts`` are those that they are going to read."""
+def load_rewards(config: Any, prompts: Sequence[str] = (), layout: Layout | None = None) -> tuple[Reward, ...]:
+    """The rewards of the run, in the order of their names.
+
+    Args:
+      prompts: that they are going to read.
+      layout: where their networks go, so that no copy stays on the first device. (Of several processes the first one
+        scores the canaries by itself, and keeps a copy of its own for that.)
+    """
     rewards = _open(reward_specs(config), config)
     for reward in rewards:
         if isinstance(reward, ClipReward):
             reward.check_prompts(prompts)
-    return rewards
+    return rewards if layout is None or jax.process_count() > 1 else tuple(_placed(r, layout) for r in rewards)
+
+
+def _placed(reward: Reward, layout: Layout) -> Reward:
+    changes = {"params": layout.place_reward(reward)}
+    if isinstance(reward, ClipReward):
+        changes["text_params"] = layout.replicate(reward.text_params)
+    return dataclasses.replace(reward, **changes)  # type: ignore[type-var]
 
 
 def _open(specs: list[RewardSpec], config: Any) -> tuple[Reward, ...]:
@@ -310,7 +328,7 @@ def latent_shape(config: Any, pipeline: Pipeline) -> tuple[int, int, int]:
     height = config.height or denoiser.sample_size * factor
     width = config.width or denoiser.sample_size * factor
     unit = factor * denoiser.patch_size
-    if height % unit or width % unit:
+    if height % unit or width % unit or min(height, width) < unit:
         raise UserError(f"config.height and config.width must be multiples of {unit}, not {height} and {width}.")
     return height // factor, width // factor, denoiser.in_channels
 

@@ -263,8 +263,9 @@ def update_spread(
     """
     new = {}
     for name, gain in gains.items():
-        latest = jnp.stack([gain.astype(jnp.float32).var(), jnp.ones(())])
-        new[name] = decay * running.get(name, jnp.zeros(2)) + (1.0 - decay) * latest
+        latest, before = jnp.stack([gain.astype(jnp.float32).var(), jnp.ones(())]), running.get(name, jnp.zeros(2))
+        # One gain that is not finite would stay in the memory for ever.
+        new[name] = jnp.where(jnp.isfinite(latest[0]), decay * before + (1.0 - decay) * latest, before)
     return new, {name: jnp.sqrt(pair[0] / pair[1]) for name, pair in new.items()}
 
 

@@ -51,11 +51,11 @@ def conditioning_of(
         with layout.scope():
             return encoder(pipeline.modules, params, text, max_sequence_length=length)
 
-    empty = read_text(pipeline, [""] * config.batch, length)
+    empty = read_text(pipeline, [""] * config.batch)
     program = jax.jit(encode_rows, out_shardings=layout.batch_shardings(jax.eval_shape(encode_rows, params, empty)))
 
     def of(prompts: Sequence[str], text: Text | None = None) -> Conditioning:
-        return program(params, layout.put_rows(read_text(pipeline, prompts, length) if text is None else text))
+        return program(params, layout.put_rows(read_text(pipeline, prompts) if text is None else text))
 
     return of
 

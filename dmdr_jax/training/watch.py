@@ -84,8 +84,8 @@ class Watch:
         every = settings.every if rewards or held_out else 0
         source = load_prompts(settings.prompts) if settings.prompts else prompts
         drawing = preview.of(spread(source, settings)) if every else preview
-        names = [r.spec.path for r in (*rewards, *held_out)]
-        asked = [*names, *canaries.LOOKS, config.model]
+        scorers = [[r.spec.scorer for r in some] for some in (rewards, held_out)]
+        asked = [*scorers, *canaries.LOOKS, config.model]
         known_as = key_of(drawing.prompts, str(drawing.teacher_recipe), asked, list(drawing.noise.shape))
         trained, judges = list(map(canaries.apart, rewards)), list(held_out)
         thresholds = Thresholds(**{f.name: settings[f.name] for f in dataclasses.fields(Thresholds)})

@@ -208,7 +208,8 @@ look() {
   answer="$("${command[@]}" </dev/null 2>"$errors")" || status=$?
   if [ "$status" -ne 0 ]; then
     # gcloud's exit status is 1 whatever went wrong; only its words tell.
-    if grep -q -i 'not[_ ]found' "$errors"; then
+    if [ "$status" -ne 127 ] && grep -q -i 'not[_ ]found' "$errors" &&
+      ! grep -q -i -E "(project|zone|location|region|account)s? [^ ]* *(was |is )?not found" "$errors"; then
       answer=ABSENT status=0
     else
       cat "$errors" >&2

@@ -27,11 +27,11 @@ request() {
 }
 
 # until_not STATE: waits as long as the TPU is in this state; sets `state` to the one after. It may take some looks
-# until a new request shows, and now and then gcloud gets no answer.
+# until a new request shows, and now and then gcloud gets no answer. What is being deleted ends with being absent.
 until_not() {
   local misses=0 last="" answer
   while :; do
-    if answer="$(tpu_state)" && [ "$answer" != ABSENT ]; then
+    if answer="$(tpu_state)" && [ "$answer" != ABSENT ] || [ "$1-${answer:-}" = LEAVING-ABSENT ]; then
       misses=0 state="$answer"
       [ "$state" = "$1" ] || return 0
       [ "$state" = "$last" ] || say "$TPU_NAME is $state"

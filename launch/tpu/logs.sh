@@ -4,7 +4,7 @@
 #   bash launch/tpu/logs.sh [--slice=0] [--worker=0] [--lines=100] [--once]
 #
 # --slice=N   of a multi-slice TPU
-# --worker=N  of the slice, or all; worker 0 of slice 0 prints the progress, the others only when something is wrong
+# --worker=N  of the slice, or all; they all print their progress; worker 0 of slice 0 writes the files
 # --lines=N   how much of the past
 # --once      do not follow
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

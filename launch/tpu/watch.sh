@@ -8,14 +8,16 @@
 # Keeps nothing of its own: it can be ended and started again, anywhere, and goes on from what it finds. Start it in
 # tmux or on a small VM; the run does not depend on it, only the recovery does. It ends
 #   with 0  when the run has finished on all workers, or somebody has stopped it with stop.sh;
-#   with 1  when the run was refused (exit status 2: bad arguments), or failed RUN_RESTARTS + 1 times in a row, or
-#           Google Cloud failed PATIENCE times in a row.
+#   with 1  when the run was refused (exit status 2: an error that the same command would meet again), or failed
+#           RUN_RESTARTS + 1 times in a row, or Google Cloud failed PATIENCE times in a row.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "delete_when_done" "$@"
 load TPU_PROJECT TPU_ZONE TPU_NAME TPU_TYPE TPU_RUNTIME
 training_arguments
-if [ "$TPU_SPOT" = yes ] && ! workdir_is_remote; then
-  die "the workdir $WORKDIR lies on the TPU's disk, and a spot TPU takes it along when it is preempted; use gs://"
+if ! workdir_is_remote; then
+  [ "$TPU_SPOT" = no ] || die "the workdir $WORKDIR lies on the TPU's disk, which goes with a preempted spot TPU; use gs://"
+  # shellcheck disable=SC2154  # set by options
+  [ "$OPT_delete_when_done" = no ] || die "the workdir $WORKDIR lies on the TPU's disk, which --delete-when-done deletes; use gs://"
 fi
 
 HEALTHY_SECONDS=3600 # a run that lasted so long starts with all its restarts again
@@ -49,7 +51,6 @@ verdict() {
 
 done_with() {
   say "$1"
-  # shellcheck disable=SC2154  # set by options
   [ "$OPT_delete_when_done" = no ] || script delete.sh
   exit 0
 }
@@ -62,6 +63,7 @@ if [ "$DRY_RUN" = yes ]; then
 fi
 
 restarts=0 troubles=0 started="" last=""
+ours=no # the run was stopped by this watch, to be started again
 
 trouble() {
   troubles=$((troubles + 1))
@@ -73,15 +75,16 @@ trouble() {
 # start: brings up whatever is missing and starts the run.
 start() {
   if bring_up; then
-    started=$SECONDS troubles=0
+    started=$SECONDS troubles=0 ours=no
   else
     trouble "it could not be started (above)"
   fi
 }
 
-# start_again: after a run of this watch's ended before its time, for whatever reason but preemption.
+# start_again LINES: after a run of this watch's ended before its time. One that SIGTERM ended is not its own fault:
+# that is how a preemption begins, before the TPU's state says so.
 start_again() {
-  if [ -n "$started" ]; then
+  if [ -n "$started" ] && ! grep -q -E 'killed [0-9]' <<<"$1"; then
     [ $((SECONDS - started)) -lt "$HEALTHY_SECONDS" ] || restarts=0
     restarts=$((restarts + 1))
     script logs.sh --once --lines=40 || true
@@ -89,6 +92,7 @@ start_again() {
     say "the run ended too early; starting it again, $restarts of $RUN_RESTARTS times"
   fi
   # What still runs on some workers waits for the others.
+  ours=yes
   if script stop.sh --seconds=30; then start; else trouble "a worker cannot be reached"; fi
 }
 
@@ -97,6 +101,7 @@ while :; do
     trouble "gcloud does not answer"
   elif [ "$state" != READY ]; then
     say "$(date -u '+%H:%M:%S UTC') TPU $TPU_NAME: $state"
+    restarts=0
     start
   elif ! lines="$(worker_states "${RUN_ARGUMENTS[@]}")"; then
     trouble "a worker cannot be reached"
@@ -111,11 +116,11 @@ while :; do
         script logs.sh --once --lines=10 || true
         die "the run was refused; its last lines are above"
         ;;
-      failed | idle) start_again ;;
+      failed | idle) start_again "$lines" ;;
       busy) die "another run is under way on $TPU_NAME; stop.sh ends it" ;;
       stopped)
         # Found at the beginning it is what this command is to go on with; later somebody wanted it so.
-        if [ -n "$started" ]; then
+        if [ -n "$started" ] && [ "$ours" = no ]; then
           say "the run was stopped"
           exit 0
         fi

@@ -117,3 +117,11 @@ def test_hosts_together_see_the_same_batch(hosts):
         whole = [PromptStream(prompts, 8, seed=5).indices(step) for _ in range(hosts)]
         parts = [whole[h][h * 8 // hosts : (h + 1) * 8 // hosts] for h in range(hosts)]
         assert np.array_equal(np.concatenate(parts), rows)
+
+
+def test_columns_that_json_cannot_hold_are_left_out(tmp_path):
+    """Images beside captions, as many data sets have them."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"prompt": ["a", "b"], "image": [b"\xff", b"\x00"], "width": [3, 4]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    assert read_eval_records(tmp_path / "p.parquet") == [{"prompt": "a", "width": 3}, {"prompt": "b", "width": 4}]

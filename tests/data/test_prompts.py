@@ -61,12 +61,13 @@ def test_parquet(tmp_path):
 
 
 def test_shapes_train_leaves_out_the_held_out_compositions():
-    from dmdr_jax.shapes.prompts import is_held_out, train_records
+    from dmdr_jax.shapes.prompts import TAGS, all_records, is_held_out
     from dmdr_jax.shapes.world import get_world
 
-    prompts = load_prompts("shapes:train")
+    prompts, world = load_prompts("shapes:train"), get_world("small")
     assert prompts == load_prompts("shapes:small:train")
-    assert not any(is_held_out(get_world("small"), record) for record in train_records(get_world("small")))
+    held_out = {r["prompt"] for tag in TAGS for r in all_records(world, tag) if is_held_out(world, r)}
+    assert held_out and not held_out & set(prompts)
     assert load_prompts("shapes:large:train") != prompts
 
 
@@ -162,6 +163,7 @@ def test_bad_utf8_names_line_and_byte(tmp_path, mark):
     "name, text, message",
     [
         ("p.jsonl", '{"prompt": "a"}\n{"title": "b"}\n', r"line 2 has no prompt field; it has 'title'"),
+        ("p.jsonl", '{"prompt": "\\ud83d cat"}\n', r"line 1: the field 'prompt' holds half of a character"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"line 2: the field 'prompt' must be a string, not 3"),
         ("p.jsonl", '{"prompt": "a"}\n{oops\n', r"line 2 is not JSON"),
         ("p.jsonl", "[1]\n", r"line 1 is neither a string nor an object"),

@@ -283,8 +283,12 @@ def test_a_taken_place_is_kept_unless_asked(folders, tmp_path):
     pipeline = pipelines.load_pipeline(folders["sd3_no_t5"], ["transformer"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists: give another name or --overwrite"):
         pipelines.save_pipeline(pipeline, tmp_path / "out")
+    with pytest.raises(UserError, match="no pipeline's folder"):  # what is not ours is not replaced either
+        pipelines.save_pipeline(pipeline, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    (tmp_path / "out/model_index.json").write_text("{}")
     pipelines.save_pipeline(pipeline, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out/notes.txt").exists() and (tmp_path / "out/model_index.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -34,7 +34,8 @@ def encode_both(folder, length):
         )
     encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     pipeline = load_pipeline(folder, encoders if pipe.text_encoder_3 else encoders[:2])
-    ids = text.tokenize(pipeline, tiny_pipelines.PROMPTS, length)
+    pipeline.t5_length = length
+    ids = text.tokenize(pipeline, tiny_pipelines.PROMPTS)
     encode = jax.jit(functools.partial(text.encode, pipeline.modules, size=(16, 24), max_sequence_length=length))
     return embeds.numpy(), pooled.numpy(), encode(pipeline.params, ids)
 
@@ -120,7 +121,9 @@ def test_tokenizer_files_as_published(folders, tmp_path):
     """vocab.json with merges.txt and spiece.model, under the class names that published folders have."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = shutil.copytree(folders["sd3"], tmp_path / "sd3")
-    expected = text.tokenize(load_pipeline(folder), tiny_pipelines.PROMPTS, 20)
+    pipeline = load_pipeline(folder)
+    pipeline.t5_length = 20
+    expected = text.tokenize(pipeline, tiny_pipelines.PROMPTS)
     vocabulary, merges = make_vocabulary(tiny_pipelines.WORDS)
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         (folder / name / "tokenizer.json").unlink()
@@ -144,7 +147,9 @@ def test_tokenizer_files_as_published(folders, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer_3": ["transformers", "T5TokenizerFast"]}))
 
-    ours = text.tokenize(load_pipeline(folder), tiny_pipelines.PROMPTS, 20)
+    pipeline = load_pipeline(folder)
+    pipeline.t5_length = 20
+    ours = text.tokenize(pipeline, tiny_pipelines.PROMPTS)
     for name in ("text_encoder", "text_encoder_2"):
         np.testing.assert_array_equal(ours[name], expected[name])
     pieces = sentencepiece.SentencePieceProcessor(model_file=model + ".model").encode(tiny_pipelines.PROMPTS[0])

@@ -111,6 +111,14 @@ def test_delete_twice(desk):
     assert len(desk.calls("delete")) == 1 and not (desk.google.disk / "nodes/pod").exists()
 
 
+@pytest.mark.parametrize("message", ["NOT_FOUND: Project 'typo' was not found", "Zone us-nowhere1-a not found"])
+def test_a_misspelt_project_is_not_an_absent_tpu(desk, message):
+    desk.good("create.sh")
+    desk.google.failing = {"describe": message}
+    result = desk.run("delete.sh")
+    assert result.returncode == 1 and message in result.stderr and not desk.calls("delete")
+
+
 def test_delete_keeps_a_run_that_lies_on_the_tpu_alone(desk):
     desk.variables["RUN_ARGUMENTS"] = ["--config=a.py", "--workdir", "runs/x"]
     desk.good("create.sh")

@@ -112,3 +112,34 @@ def test_another_run_is_left_alone(desk):
     desk.good("run.sh", "--", "--config=b.py", "--workdir=gs://b/x")
     result = desk.run("watch.sh")
     assert result.returncode == 1 and "another run is under way on pod" in result.stderr
+
+
+def test_its_own_stop_is_not_somebodys(desk):
+    """A worker out of reach for a moment, between the stop of what is left of a run and the next start."""
+    desk.google.runs = ["wait"]
+    result = in_background(desk)
+    until(lambda: len(desk.starts()) == 1)
+    desk.google.failing = {"scp": "connection refused"}
+    os.killpg(int((desk.home() / "dmdr/train.pid").read_text()), 9)
+    copies = len(desk.calls("scp"))
+    until(lambda: len(desk.calls("scp")) > copies)
+    desk.google.failing = {}
+    until(lambda: len(desk.starts()) == 2)
+    desk.google.released.set()
+    assert result().returncode == 0 and "the run has finished" in result().stdout
+
+
+def test_what_a_preemption_begins_with_is_no_failure_of_the_run(desk):
+    desk.google.runs, desk.variables["RUN_RESTARTS"] = ["wait"], "0"
+    result = in_background(desk)
+    until(lambda: len(desk.starts()) == 1)
+    os.kill(int((desk.home() / "dmdr/train.pid").read_text()), 15)
+    until(lambda: len(desk.starts()) == 2)
+    desk.google.released.set()
+    assert result().returncode == 0
+
+
+def test_a_run_that_would_go_with_the_tpu_is_refused(desk):
+    desk.variables["RUN_ARGUMENTS"] = ["--config=a.py", "--workdir=runs/x"]
+    result = desk.run("watch.sh", "--delete-when-done")
+    assert result.returncode == 1 and "which --delete-when-done deletes" in result.stderr and not desk.calls("create")

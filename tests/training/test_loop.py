@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import base as base_config
 from dmdr_jax.errors import UserError
@@ -42,6 +43,18 @@ def test_a_run_leaves_metrics_grids_checkpoints_and_its_settings(finished):
     assert json.loads((workdir / "config.json").read_text())["config"]["optim"]["generator"]["lr"] == 1e-3
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert int(state.step) == 4 and int(state.inner) == 9  # 2:1, and one more before the first generator update
+
+
+def test_the_teachers_grid_is_of_the_prompts_that_are_asked_for(teacher, prompts_file, tmp_path):
+    def widths(images):
+        train(tiny.config(teacher, prompts_file, preview__images=images), tmp_path, stop=lambda step: True)
+        with Image.open(tmp_path / "samples" / "teacher.png") as grid:
+            return grid.width
+
+    first = widths(1)
+    drawn = (tmp_path / "samples" / "teacher.png").stat().st_mtime_ns
+    assert widths(1) == first and (tmp_path / "samples" / "teacher.png").stat().st_mtime_ns == drawn
+    assert widths(2) > first
 
 
 def test_stopping_and_going_on_changes_nothing(finished, tmp_path):

@@ -269,6 +269,20 @@ def test_bad_input_is_bad_input_in_all_processes(tmp_path):
     assert all("error: the batch is odd.\n" in group.text(i) for i in range(2))
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_bad_input_of_one_is_bad_input_and_ends_the_other(tmp_path, victim):
+    body = f"""
+        with runtime.joined():
+            if jax.process_index() == {victim}:
+                raise UserError('there is no such file here.')
+            runtime.sync("what never comes")
+    """
+    group = run_script(2, tmp_path, body)
+    statuses = group.wait(60)
+    assert statuses[victim] == 2 and "error: there is no such file here.\n" in group.text(victim)
+    assert statuses[1 - victim] not in (0, 2)
+
+
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
     body = """
         from etils import epath

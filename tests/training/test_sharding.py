@@ -108,6 +108,19 @@ def test_the_mesh_that_is_chosen(slice_size, limit, held, found):
     assert mesh_choice.choose(slice_size, limit * GB, held) == found
 
 
+def test_the_memory_asked_for_is_that_of_a_device_of_ones_own():
+    """Another process's device, which is the first of all, answers with an error."""
+
+    def device(process, stats):
+        return types.SimpleNamespace(process_index=process, platform="tpu", memory_stats=stats)
+
+    def refused():
+        raise RuntimeError("INVALID_ARGUMENT: MemoryStats is only supported for addressable devices")
+
+    devices = [device(1, refused), device(0, lambda: {"bytes_limit": 16e9})]
+    assert mesh_choice.memory_limit(devices) == 16e9
+
+
 def test_no_axis_spans_a_torus_of_three_axes():
     def slice_of(*shape):
         return [types.SimpleNamespace(coords=place) for place in np.ndindex(shape)]
@@ -130,6 +143,7 @@ def test_what_is_asked_for_is_taken():
     assert sizes(asked(fsdp=4)) == (-1, 4, False)
     assert sizes(asked(fsdp=4), limit=8e9) == (-1, 4, True)
     assert sizes(asked(data=2, fsdp=8, base="whole"), limit=8e9) == (2, 8, False)
+    assert sizes(asked(data=4)) == (4, 4, False) and sizes(asked(data=16)) == (16, 1, True)  # what data leaves
     # Of a memory that nobody knows: nothing is split, unless it is asked for.
     assert sizes(asked(), limit=float("inf"))[1] == 1
     assert sizes(asked(fsdp=4), limit=float("inf")) == (-1, 4, True)

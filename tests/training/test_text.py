@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmdr_jax import arrays
 from dmdr_jax.data.prompts import load_prompts
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import encode, text_params
@@ -67,3 +68,10 @@ def test_a_run_without_its_text_encoders_is_the_same_run(teacher, tmp_path, prom
     for files in zip(*pictures, strict=True):
         there, gone = (np.asarray(Image.open(file), int) for file in files)
         assert np.abs(there - gone).max() <= 1
+
+
+def test_more_than_the_host_has_room_for_is_refused(teacher, prompts_file, monkeypatch):
+    monkeypatch.setattr(arrays, "free_memory", lambda: 1000.0)
+    config = tiny.config(teacher, prompts_file, encode_once=True)
+    with pytest.raises(UserError, match=r"6 prompts takes .* leave encode_once off"):
+        setup.load_teacher(config, Layout.make(-1, 1), load_prompts(config.prompts))

@@ -9,6 +9,7 @@ from PIL import Image
 from configs import base
 from dmdr_jax.errors import UserError
 from dmdr_jax.evaluation import canaries
+from dmdr_jax.model import open_model
 from dmdr_jax.training import loop
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.metrics import read_metrics
@@ -54,6 +55,10 @@ def test_the_alarm_keeps_the_checkpoint_from_before_and_ends_the_run(config, scr
     assert document["step"] == 2 and document["alarm"]["step"] == 4
     assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [2, 4]  # one is the latest
     assert load_trained(tmp_path / "best")[1]["step"] == 2 and load_trained(tmp_path)[1]["step"] == 4
+    assert open_model(str(tmp_path / "best")).meta["step"] == 2  # to draw with, where a run may be named
+    with pytest.raises(UserError, match="names no best checkpoint"):
+        (tmp_path / "unwatched" / "checkpoints").mkdir(parents=True)
+        open_model(str(tmp_path / "unwatched" / "best"))
     said = capsys.readouterr().err
     assert "over-optimised at step 4: held-out rewards fell by 1.20 standard deviations from their best" in said
     assert f"the checkpoint from before is {tmp_path / 'best'}; the run ends here" in said
