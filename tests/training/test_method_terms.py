@@ -1,5 +1,7 @@
 """Every method: which trees receive gradient from which term, and what its steps change."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,19 @@ def test_the_other_modes_take_their_steps(method, changes):
     new, metrics = step(state)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((new.generator, new.fake, metrics)))
     assert not leaves_equal(new.generator, state.generator) and not leaves_equal(new.fake, state.fake)
+
+
+def test_subgrpo_with_all_steps_is_grpo():
+    """RTDMD, eq. 17, with as many chosen steps as there are. (None is left whose noise a group would share.)"""
+    after = []
+    for changes in ({}, {"policy__steps": 2}):
+        w = world("dmdr_grpo", student__steps=3, **changes)
+        step = jax.jit(partial(generator_step, w.plan, active(w, START)))
+        after.append(step(moved(w), w.frozen, w.batch)[0].generator_opt)
+    moments = [jax.tree.leaves(opt) for opt in after]  # Adam's, of the one gradient so far
+    assert max(np.abs(x).max() for x in moments[0]) > 1e-3
+    for a, b in zip(*moments):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def moved(w):
