@@ -1,7 +1,6 @@
 """Drawing images: prompts and noise in, pixels out. Shared by sampling, evaluation and training previews."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -96,7 +95,7 @@ AT_A_TIME = 2**20
 """Pixels that a device decodes at a time: a decoder's activations are kilobytes a pixel."""
 
 
-@functools.partial(jax.jit, static_argnames=("networks", "recipe", "devices"))
+@partial(jax.jit, static_argnames=("networks", "recipe", "devices"))
 def _draw(
     networks: "_Networks", recipe: Recipe, devices: int, params: Tree, weights: Weights, text, empty, noise, keys
 ) -> Array:

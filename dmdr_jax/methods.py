@@ -332,11 +332,16 @@ def _refuse_idle(config: Any, method: Method, settings: Mapping[str, Any]) -> No
     plain, used = base.get_config(), {*method.groups, FORM_GROUPS.get(config.dm.form or settings["dm.form"])}
     for group in set(OWN_GROUPS) - used:
         for key, value in config[group].items():
-            if value not in (plain[group][key], settings.get(f"{group}.{key}")):
+            if is_set(group, key, value, plain, settings):
                 raise UserError(
                     f"config.{group}.{key} is set, but the method {config.method!r} does not read config.{group}: leave"
                     f" it out, or choose {_or(name for name, m in METHODS.items() if group in m.groups)}."
                 )
+
+
+def is_set(group: str, key: str, value: Any, plain: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether a value is neither the default nor the method's own (``settings``, of `settings_of`)."""
+    return value not in (plain[group][key], settings.get(f"{group}.{key}"))
 
 
 def _or(names: Any) -> str:

@@ -176,12 +176,7 @@ def _load(
 ) -> Pipeline:
     """The pipeline; without T5 it is one that has none, also where it is written out again."""
     name, wanted = resolve(name), components_of(resolve(name), optional=t5)
-
-    def load(components: Sequence[str]) -> Pipeline:
-        pipeline = load_pipeline(name, components, dtype=dtype, variant=variant)
-        pipeline.t5_length = t5_length or pipeline.t5_length
-        return pipeline
-
+    load = partial(load_pipeline, name, dtype=dtype, variant=variant, t5_length=t5_length)
     pipeline = load_text_first(load, wanted, encode_all) if encode_all else load(wanted)
     if not t5:
         pipeline.configs = {component: pipeline.configs[component] for component in wanted}

@@ -122,6 +122,7 @@ def load_pipeline(
     compute_dtype: Any = None,
     sharding: Shardings | None = None,
     variant: str | None = None,
+    t5_length: int | None = None,
 ) -> Pipeline:
     """Loads a pipeline, one tensor at a time.
 
@@ -134,6 +135,7 @@ def load_pipeline(
       compute_dtype: type of activations and matrix products, likewise; None: that of the parameters.
       sharding: ``(component, abstract tree) -> sharding or tree of shardings`` for the arrays.
       variant: weights to prefer, such as ``"fp16"``.
+      t5_length: see `Pipeline`; None for an exported student's own, else diffusers' default.
 
     Raises:
       UserError: the folder is not a supported pipeline, or something in it is missing or damaged.
@@ -177,7 +179,7 @@ def load_pipeline(
         tokenizers=tokenizers,
         variant=variant,
         student=student,
-        t5_length=(student or {}).get("t5_length", MAX_SEQUENCE_LENGTH),
+        t5_length=t5_length or (student or {}).get("t5_length", MAX_SEQUENCE_LENGTH),
     )
 
 

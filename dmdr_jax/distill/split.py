@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from dmdr_jax.diffusion.denoiser import Denoiser, Weights
+from dmdr_jax.diffusion.grids import shift, unshift
 from dmdr_jax.distill.dm import DMDraw
 from dmdr_jax.distill.scores import Scores
 from dmdr_jax.models.conditioning import Conditioning, broadcast_to, interleave, interleave_rows, parted
@@ -66,7 +67,7 @@ class SplitTimes:
           free: a second, independent draw from the run's renoise density.
         """
         if self.uniform:
-            tau, free = (jnp.clip(self._shifted(x), self.low, self.high) for x in (tau, free))
+            tau, free = (jnp.clip(shift(x, self.shift), self.low, self.high) for x in (tau, free))
         if self.schedule == "tied":
             return tau, tau
         if self.schedule == "independent":
@@ -77,12 +78,8 @@ class SplitTimes:
 
     def below(self, key: Array, t: Array) -> Array:
         """Times ``[b]`` in ``[low, t]``: uniform before the shift."""
-        unshifted = t / (self.shift - (self.shift - 1.0) * t)
-        u = unshifted * jax.random.uniform(key, t.shape, jnp.float32)
-        return jnp.clip(self._shifted(u), jnp.minimum(self.low, t), t)
-
-    def _shifted(self, u: Array) -> Array:
-        return self.shift * u / (1.0 + (self.shift - 1.0) * u)
+        u = unshift(t, self.shift) * jax.random.uniform(key, t.shape, jnp.float32)
+        return jnp.clip(shift(u, self.shift), jnp.minimum(self.low, t), t)
 
 
 def split_score_pass(

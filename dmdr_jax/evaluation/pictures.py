@@ -79,7 +79,7 @@ class Pictures:
         if (folder / IMAGES_FILE).is_file() and not in_galleries:  # else it is another evaluation's
             with np.load(folder / IMAGES_FILE) as stored:
                 self._arrays = {name: stored[name] for name in stored.files}
-        self.index = self._arrays["index"].tolist() if self._arrays else self._in_galleries()
+        self.index = self._arrays["index"].tolist() if self._arrays else self._in_galleries() if in_galleries else []
         self._places = {i: position for position, i in enumerate(self.index)}
 
     def __contains__(self, i: int) -> bool:
@@ -102,8 +102,6 @@ class Pictures:
         return self._folder / row["gallery"] / row["files"][i]
 
     def _in_galleries(self) -> list[int]:
-        if not all("gallery" in self._results["models"][m] for m in self.models):
-            return []
         rows = range(len(self._results["prompts"]))
         return [i for i in rows if all(self._file(m, i).is_file() for m in self.models)]
 

@@ -68,11 +68,6 @@ class Advantages:
             centred = centred / (groups.std() + GROUP_FLOOR)
         return jnp.clip(centred, -self.limit, self.limit).reshape(-1)
 
-    def decided(self, rewards: Mapping[str, Array], step: Array, group: int) -> Array:
-        """Whether a prompt's samples differ at all by their advantages, ``[prompts]``."""
-        values = as_groups(self(rewards, step, group), group)
-        return values.max(1) > values.min(1)
-
     def strength(self, step: Array) -> Array:
         """How much of their full weight the rewards have at ``step``, in [0, 1]: the ramp."""
         full = sum(abs(spec.weight) for spec in self.specs)

@@ -32,7 +32,9 @@ from dmdr_jax.objectives.base import (
     SAMPLE_REWARDS,
     Context,
     Metrics,
+    as_groups,
 )
+from dmdr_jax.rewards.combine import differ
 
 Array = jax.Array
 
@@ -69,7 +71,7 @@ class PairPreference:
             margin = transition_margin(ctx.pairs.log_prob, ctx.pairs.reference_log_prob, self.clip)
         else:
             margin = denoising_margin(ctx.pair_errors.student, ctx.pair_errors.reference)
-        decided = self.ranking.decided(ctx.sample_rewards, ctx.step, ctx.group)
+        decided = differ(as_groups(self.ranking(ctx.sample_rewards, ctx.step, ctx.group), ctx.group))
         margin = jnp.where(decided.reshape(-1, *(1,) * (margin.ndim - 1)), margin, 0.0)
         preference = -jax.nn.log_sigmoid(self.beta * margin).mean()
         loss = self.weight * self.ranking.strength(ctx.step) * preference

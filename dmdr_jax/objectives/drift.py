@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from dmdr_jax.objectives.advantages import Advantages
 from dmdr_jax.objectives.base import FEATURES, GROUPS, REFERENCE, REFERENCE_X0, REWARDS, Context, Metrics, as_groups
+from dmdr_jax.rewards.combine import differ
 
 Array = jax.Array
 
@@ -72,14 +73,14 @@ class Drift:
 
     def __call__(self, ctx: Context) -> tuple[Array, Metrics]:
         score = as_groups(self.ranking(ctx.rewards, ctx.step, ctx.group), ctx.group)
-        decided = self.ranking.decided(ctx.rewards, ctx.step, ctx.group)  # equal rewards rank nothing
         order = jnp.argsort(-score, axis=1)  # sorted once: best and worst are never the same row
         best, worst = order[:, : self.count], order[:, -self.count :]
         losses, anchors, pull = [], [], []
         for key, features in ctx.features.sample.items():
             x = as_groups(features, ctx.group)
             drift = jax.vmap(lambda x, b, w: self._preference(x, b, w))(x, best, worst)
-            losses.append(jnp.where(decided, drift, 0.0).mean())
+            # Equal rewards rank nothing.
+            losses.append(jnp.where(differ(score), drift, 0.0).mean())
             if self.reference_weight:
                 reference = as_groups(ctx.features.reference[key], ctx.group)
                 anchors.append(jax.vmap(self._anchor)(x, reference).mean())

@@ -77,6 +77,11 @@ def combined_reward(specs: Sequence[RewardSpec], scores: Mapping[str, Array], st
     return sum((reward_weight(s, step) * reward_value(s, scores[s.name]) for s in specs), jnp.float32(0.0))
 
 
+def differ(scores: Array) -> Array:
+    """Whether the scores `[..., g]` of a group are not all equal, `[...]`."""
+    return scores.max(-1) > scores.min(-1)
+
+
 def group_z_scores(scores: Array, floor: float = GROUP_FLOOR) -> Array:
     """Scores of the samples of each prompt in standard deviations of their group.
 
@@ -90,5 +95,5 @@ def group_z_scores(scores: Array, floor: float = GROUP_FLOOR) -> Array:
     scores = scores.astype(jnp.float32)
     centred = scores - scores.mean(-1, keepdims=True)
     # The mean of equal numbers may differ from them in the last digit, which the floor would let through.
-    centred = jnp.where(scores.max(-1, keepdims=True) > scores.min(-1, keepdims=True), centred, 0.0)
+    centred = jnp.where(differ(scores)[..., None], centred, 0.0)
     return centred / (jnp.sqrt((centred * centred).mean(-1, keepdims=True)) + floor)

@@ -338,7 +338,7 @@ def _refuse_unread(config: Any, terms: Sequence[Term], needs: frozenset[str]) ->
     plain, settings = base.get_config(), methods.settings_of(config)
     for group, names in unread.items():
         for name in names:
-            if config[group][name] != settings.get(f"{group}.{name}", plain[group][name]):
+            if methods.is_set(group, name, config[group][name], plain, settings):
                 key = f"config.{group}.{name}"
                 raise UserError(f"{key} is set, but the method {config.method!r} does not read it here: leave it out.")
 

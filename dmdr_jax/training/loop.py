@@ -182,7 +182,7 @@ class Updates:
 def freeze(config: Any, pipeline: Pipeline, plan: Plan, rewards: Sequence[Reward], layout: Layout) -> Frozen:
     """The frozen networks on their devices, and the unconditional prompt."""
     zeros = setup.zero_uncond(config, pipeline)
-    fixed = dict(size=plan.image_size, zeros=zeros, max_sequence_length=config.t5_length)
+    fixed: dict[str, Any] = dict(size=plan.image_size, zeros=zeros, max_sequence_length=pipeline.t5_length)
     encode_empty = jax.jit(partial(encode_uncond, pipeline.modules, **fixed))
     empty = read_text(pipeline, [""])
     return Frozen(

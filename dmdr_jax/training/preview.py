@@ -64,13 +64,13 @@ class Preview:
         self._write_file("prompts.txt", ("\n".join(self.prompts) + "\n").encode())
         known_as = key_of(self.prompts, str(self.teacher_recipe), list(self.noise.shape), self.pipeline.name)
         if not runtime.from_first(_told(self.folder / "teacher.png") == known_as):
-            self._write(writer, step, "teacher", self.draw_teacher(), told=known_as)
+            self.write(writer, step, "teacher", self.draw_teacher(), told=known_as)
 
     def student(self, writer: MetricWriter, step: int, average: Tree, frozen: Frozen, file: str | None = None) -> None:
         """The averaged student's grid at ``step``, in ``file``.png or one that names the step."""
         if not self.prompts:
             return
-        self._write(writer, step, "student", self.draw_student(average, frozen), file or f"student_{step:06d}")
+        self.write(writer, step, "student", self.draw_student(average, frozen), file or f"student_{step:06d}")
 
     def draw_teacher(self, progress: Callable[[int], Any] = lambda drawn: None) -> np.ndarray:
         """The teacher's images ``[n, H, W, 3]`` in [0, 1]; ``progress`` is called with how many more are drawn."""
@@ -88,9 +88,14 @@ class Preview:
         options: dict[str, Any] = dict(batch=batch, sharding=sharding, progress=progress)
         return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, **options)
 
-    def _write(
+    def write(
         self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str | None = None, told: str = ""
     ) -> None:
+        """A grid of images as ``file``.png, by default ``name``.png, and as a picture of the event files.
+
+        Args:
+          told: kept in the picture, see `_told`.
+        """
         grid, picture, inside = image_grid(images), io.BytesIO(), PngInfo()
         inside.add_text(TOLD, told)
         Image.fromarray(grid).save(picture, format="png", pnginfo=inside)

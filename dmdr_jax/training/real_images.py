@@ -38,7 +38,7 @@ def load_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages | None:
     images, captions = read_images(config.gan.images, plan.image_size)
     vae, params = pipeline.modules["vae"], pipeline.params
     encode_image = jax.jit(lambda p, x: latents_from_raw(vae.apply({"params": p}, x, method="encode")[0], vae.config))
-    fixed = dict(size=plan.image_size, max_sequence_length=config.t5_length)
+    fixed: dict[str, Any] = dict(size=plan.image_size, max_sequence_length=pipeline.t5_length)
     encode_text = jax.jit(partial(encode, pipeline.modules, **fixed))
     towers = text_params(pipeline)
     latents, features = [], []

@@ -134,19 +134,15 @@ def load_teacher(config: Any, layout: Layout, prompts: Sequence[str] = ()) -> Pi
     if not config.model:
         raise UserError("config.model is empty: give a diffusers folder, a hub id, shapes:sd3 or shapes:sdxl.")
     name = resolve(config.model)
-
-    def load(components: Sequence[str]) -> Pipeline:
-        pipeline = load_pipeline(
-            name,
-            components,
-            dtype=base,
-            compute_dtype=compute,
-            sharding=layout.component_shardings,
-            variant=config.variant or None,
-        )
-        pipeline.t5_length = config.t5_length
-        return pipeline
-
+    load = partial(
+        load_pipeline,
+        name,
+        dtype=base,
+        compute_dtype=compute,
+        sharding=layout.component_shardings,
+        variant=config.variant or None,
+        t5_length=config.t5_length,
+    )
     wanted = components_of(name, optional=config.t5)
     if config.encode_once:
         pipeline = load_text_first(load, wanted, partial(encode_all, config, layout, prompts))

@@ -45,7 +45,7 @@ def conditioning_of(
     Args:
       encoder: `encode` with its size, or `encode_text`.
     """
-    params, length = text_params(pipeline), config.t5_length
+    params, length = text_params(pipeline), pipeline.t5_length
 
     def encode_rows(params: Any, text: Text) -> Conditioning:
         with layout.scope():

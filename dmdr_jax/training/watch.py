@@ -10,14 +10,12 @@ All of it is a function of the metrics that are on disk, so that a resumed run k
 """
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from dmdr_jax.data.prompts import evenly, load_prompts
 from dmdr_jax.errors import UserError
@@ -36,7 +34,7 @@ from dmdr_jax.rewards.base import Reward
 from dmdr_jax.training import disk, runtime
 from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.metrics import MetricWriter, Progress, read_metrics
-from dmdr_jax.training.preview import Preview, image_grid
+from dmdr_jax.training.preview import Preview
 from dmdr_jax.workdir import BEST, BEST_FILE, METRICS
 
 Tree = Any
@@ -122,7 +120,7 @@ class Watch:
             self.teacher = self._measure_teacher(writer, step)
         images = self.drawing.draw_student(average, frozen)
         metrics = canaries.compare(self._measure(images), self.teacher)
-        self._write_grid(writer, step, "canary", images, f"canary_{step:06d}")
+        self.drawing.write(writer, step, "canary", images, f"canary_{step:06d}")
         self.history = [one for one in self.history if one.step < step] + [canaries.observation(step, metrics)]
         return metrics | {ALARM: float(self.alarm is not None)}
 
@@ -172,7 +170,7 @@ class Watch:
                 return _as_arrays(document["teacher"])
         images = self.drawing.draw_teacher()
         measured = self._measure(images)
-        self._write_grid(writer, step, "canary_teacher", images, "canary_teacher")
+        self.drawing.write(writer, step, "canary_teacher", images, "canary_teacher")
         document = {
             "known_as": self.known_as,
             "prompts": self.drawing.prompts,
@@ -186,13 +184,6 @@ class Watch:
         if runtime.is_first():
             disk.write_file(file, json.dumps(document).encode())
         return measured
-
-    def _write_grid(self, writer: MetricWriter, step: int, name: str, images: np.ndarray, file: str) -> None:
-        grid, picture = image_grid(images), io.BytesIO()
-        Image.fromarray(grid).save(picture, format="png")
-        if runtime.is_first():
-            disk.write_file(self.drawing.folder / f"{file}.png", picture.getvalue())
-        writer.images(step, {f"samples/{name}": grid})
 
 
 def spread(prompts: Sequence[str], settings: Any) -> list[str]:
