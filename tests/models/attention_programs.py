@@ -1,7 +1,7 @@
 """Programs that need devices this process has not: run by tests in a process of their own.
 
 python -m tests.models.attention_programs mesh                 # eight CPU devices
-python -m tests.models.attention_programs compile v5e:2x2 ...  # described TPUs, through libtpu's compiler
+python -m tests.models.attention_programs compile v5e:2x2      # described TPUs, through libtpu's compiler
 """
 
 import json
@@ -69,11 +69,9 @@ def mesh() -> dict[str, float]:
     }
 
 
-def compile_for(topologies: list[str]) -> dict[str, dict[str, Any]]:
-    """Temporary memory in GB of the gradient of splash attention, by topology and case; the programs are not run.
-
-    For the first topology all cases, and how often a kernel runs by what is rematerialised.
-    """
+def compile_for(topology: str) -> dict[str, Any]:
+    """Temporary memory in GB of the gradient of splash attention by case, and how often a kernel runs by what is
+    rematerialised ("kernels"). The programs are not run."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -114,15 +112,10 @@ def compile_for(topologies: list[str]) -> dict[str, dict[str, Any]]:
         program = compiled(jax.grad(lambda params: (block.apply(params, x) ** 2).sum()), params)
         return program.as_text().count('custom_call_target="tpu_custom_call"')
 
-    found = {}
-    for name in topologies:
-        devices = described.get_topology_desc(platform="tpu", topology_name=name).devices
-        mesh = Mesh([devices[:2], devices[2:4]], ("data", "fsdp"))
-        cases = CASES if not found else {"self": CASES["self"]}
-        found[name] = {case: temporary(mesh, *shape) for case, shape in cases.items()}
-        if len(found) == 1:
-            found[name]["kernels"] = {choice: kernels(mesh, choice) for choice in ("none", "names", "full")}
-    return found
+    devices = described.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh([devices[:2], devices[2:4]], ("data", "fsdp"))
+    found: dict[str, Any] = {case: temporary(mesh, *shape) for case, shape in CASES.items()}
+    return found | {"kernels": {choice: kernels(mesh, choice) for choice in ("none", "names", "full")}}
 
 
 if __name__ == "__main__":
@@ -130,4 +123,4 @@ if __name__ == "__main__":
         print(json.dumps(mesh()))
     else:
         os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")
-        print(json.dumps(compile_for(sys.argv[2:])))
+        print(json.dumps(compile_for(sys.argv[2])))
