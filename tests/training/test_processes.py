@@ -28,9 +28,9 @@ LONG = 100_000  # steps of a run that is going to be stopped
 
 
 class Group:
-    """Processes that run the same program, each told its place; devices are eight in all."""
+    """Processes that run the same program, each told its place, with so many devices in all."""
 
-    def __init__(self, count: int, program: list[str], folder: Path, heartbeat: bool = True):
+    def __init__(self, count: int, program: list[str], folder: Path, devices: int = 8):
         self.logs = [folder / f"log_{time.monotonic_ns()}_{i}.txt" for i in range(count)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -39,7 +39,7 @@ class Group:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "JAX_NUM_CPU_DEVICES": str(devices // count),
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         }
         self.processes = []
@@ -77,12 +77,12 @@ def train(teacher, prompts_file, tmp_path):
     """Starts the tiny run in a workdir with so many processes."""
     groups = []
 
-    def start(count: int, workdir: Path, steps: int, every: int = 1000, images: int = 2) -> Group:
+    def start(count: int, workdir: Path, steps: int, every: int = 1000, images: int = 2, devices: int = 8) -> Group:
         config = f"--config=tests/training/tiny_config.py:{teacher},{prompts_file}"
         size = ["--config.batch=8", f"--config.steps={steps}", f"--config.checkpoint.every={every}"]
         size += [f"--config.preview.images={images}"]
         program = [sys.executable, "-m", "dmdr_jax.train", config, f"--workdir={workdir}", *size]
-        groups.append(Group(count, program, tmp_path))
+        groups.append(Group(count, program, tmp_path, devices))
         return groups[-1]
 
     yield start
@@ -111,15 +111,20 @@ def assert_same_losses(workdir: Path, other: Path) -> None:
 
 
 def test_two_processes_train_as_one(train, tmp_path):
-    """Eight devices in one or four each: equal losses, where the checkpoint of one process goes on with two.
+    """Equal losses on one device, on two, and on two processes with four each, which go on from the one's checkpoint.
 
     The other way round: `test_checkpoints_of_two_processes_restore_in_one_and_back`.
     """
     whole, changing = tmp_path / "whole", tmp_path / "changing"
-    train(1, whole, 3, every=1, images=0).check()
-    shutil.copytree(whole, changing)
-    for step in (2, 3):
-        shutil.rmtree(changing / "checkpoints" / str(step))
+    train(1, whole, 3, every=1, images=0, devices=1).check()
+    for folder in (tmp_path / "pair", changing):
+        shutil.copytree(whole, folder)
+        for step in (2, 3):
+            shutil.rmtree(folder / "checkpoints" / str(step))
+    pair = train(1, tmp_path / "pair", 3, images=0, devices=2)
+    pair.check()
+    assert "2 cpu device(s)" in pair.text()
+    assert_same_losses(tmp_path / "pair", whole)
     group = train(2, changing, 3)
     group.check()
     assert "8 cpu device(s) of 2 processes" in group.text()
