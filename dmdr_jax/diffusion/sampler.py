@@ -4,6 +4,7 @@ Students are trained on the states this very function visits, so that there is n
 a student sees in training and what it sees when somebody draws with it.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from dmdr_jax.diffusion.process import Process
 Array = jax.Array
 OutputFn = Callable[[Array, Array], Array]
 """Maps a state ``[b, h, w, c]`` and a scalar time to the network's output (guided or not)."""
+
+MEAN_TURNS = "mean_turns_"
+"""Begins the name of a scope (`jax.named_scope`) around a loop whose turns are drawn at random; their mean ends it."""
 
 
 class Trajectory(NamedTuple):
@@ -94,11 +98,18 @@ def run_prefix(
     grid: Sequence[float] | Array,
     key: Array,
     steps: Array | int,
+    mean: float | None = None,
 ) -> Array:
-    """The state after the first ``steps`` (possibly traced) steps of the grid; no gradient flows through it."""
+    """The state after the first ``steps`` steps of the grid; no gradient flows through it.
+
+    Args:
+      steps: known or traced.
+      mean: of ``steps`` where they are drawn at random; who counts the work takes the loop for so many turns.
+    """
     grid = jnp.asarray(grid, jnp.float32)
 
     def body(i, z):
         return advance(output_fn, process, kernel, z, i, grid, key)[0]
 
-    return jax.lax.fori_loop(0, steps, body, noise)
+    with contextlib.nullcontext() if mean is None else jax.named_scope(f"{MEAN_TURNS}{mean:g}"):
+        return jax.lax.fori_loop(0, steps, body, noise)

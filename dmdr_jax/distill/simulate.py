@@ -93,7 +93,8 @@ class Simulation:
             z = _rows_where(index == 0, noise, process.add_noise(final, fresh, t))
             return StudentInput(z, t, index, final)
         if self.shared_index:
-            z = run_prefix(output_fn, process, self.kernel, noise, self.grid, key_kernel, index[0])
+            mean = (self.steps - 1) / 2
+            z = run_prefix(output_fn, process, self.kernel, noise, self.grid, key_kernel, index[0], mean)
             return StudentInput(z, t, index, process.to_x0(z, output_fn(z, t), t) if with_sample else None)
         grid = self.grid if with_sample else self.grid[:-1]
         trajectory = rollout(output_fn, process, self.kernel, noise, grid, key_kernel)

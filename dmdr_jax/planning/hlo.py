@@ -1,7 +1,8 @@
 """What a compiled program sends between devices, read from its HLO text.
 
 Counted are bytes per device: of an all-gather its result, of a reduce-scatter and an all-reduce what goes in. An
-instruction in a loop counts as often as the loop turns; the count stands as a constant in the loop's condition. The
+instruction in a loop counts as often as the loop turns; the count stands as a constant in the loop's condition, or, for
+a loop whose turns are drawn at random, their mean in its name (`dmdr_jax.planning.work.mean_turns`). The
 compiler writes some reduce-scatters as an all-reduce inside a computation named `all-reduce-scatter`, and an all-gather
 that it overlaps with several computations stands in each of them, under one `chain_id`.
 """
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from dmdr_jax.planning.work import mean_turns
 
 GATHER, SCATTER, REDUCE, OTHER = "all-gather", "reduce-scatter", "all-reduce", "other"
 _KINDS = {
@@ -35,6 +38,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _BODY, _CONDITION = re.compile(r"body=%?([\w.\-]+)"), re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"= s32\[\][^=]* constant\((\d+)\)")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_NAME = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="?(\w+)"?')
 
 
@@ -52,7 +56,7 @@ class Collective(NamedTuple):
 
     kind: str
     size: float
-    times: int
+    times: float
     largest: int
     name: str
     members: tuple[int, ...]
@@ -110,10 +114,10 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _times(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, int]:
+def _times(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, float]:
     """How often each computation runs."""
-    times: dict[str, int] = {}
-    todo = [(entry, 1)]
+    times: dict[str, float] = {}
+    todo = [(entry, 1.0)]
     while todo:
         name, count = todo.pop()
         times[name] = times.get(name, 0) + count
@@ -123,12 +127,12 @@ def _times(computations: dict[str, list[_Instruction]], entry: str) -> dict[str,
     return times
 
 
-def _calls(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> Iterator[tuple[str, int]]:
+def _calls(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> Iterator[tuple[str, float]]:
     text = instruction.text
     if instruction.opcode == "while":
         body, condition = _BODY.search(text), _CONDITION.search(text)
         if body and condition:
-            yield body.group(1), trip_count(condition.group(1), computations)
+            yield body.group(1), trip_count(condition.group(1), computations) or mean_turns(_scopes(text))
         return
     for match in _CALLED.finditer(text):
         yield match.group(1), 1
@@ -169,17 +173,22 @@ def largest_whole(found: list[Collective], fsdp: int) -> int:
     return max((c.largest for c in whole), default=0)
 
 
-def trip_count(condition: str, computations: dict[str, list[_Instruction]]) -> int:
-    """How often a loop turns: the constant that its condition compares with; 1 where it has none, or several."""
+def _scopes(text: str) -> str:
+    match = _NAME.search(text)
+    return match.group(1) if match else ""
+
+
+def trip_count(condition: str, computations: dict[str, list[_Instruction]]) -> int | None:
+    """How often a loop turns: the constant that its condition compares with; None where it has none, or several."""
     found = set()
     for instruction in computations.get(condition, ()):
         constant = _CONSTANT.search(f"= {instruction.text}")
         if constant:
             found.add(int(constant.group(1)))
         for called in _CALLED.findall(instruction.text):
-            found |= {trip_count(called, computations)} - {1}
-    found -= {0}
-    return found.pop() if len(found) == 1 else 1
+            found |= {trip_count(called, computations)}
+    found -= {0, None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _kind(opcode: str) -> str | None:
@@ -187,7 +196,7 @@ def _kind(opcode: str) -> str | None:
     return None if opcode.endswith("-done") else _KINDS.get(opcode.removesuffix("-start"))
 
 
-def _measure(kind: str, instruction: _Instruction, around: list[_Instruction], times: int) -> Collective:
+def _measure(kind: str, instruction: _Instruction, around: list[_Instruction], times: float) -> Collective:
     results = _arrays(instruction.result)
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start" and len(results) > 1:
         results = sorted(results, key=lambda pair: pair[0])[len(results) // 2 :]  # operands stand before results

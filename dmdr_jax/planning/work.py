@@ -6,8 +6,18 @@ those of matrix products and convolutions, two to a multiply-add, and of device 
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+
+def mean_turns(scopes: str) -> float:
+    """Of a loop whose turns are unknown: as the innermost of the scopes that it stands in says, else 1."""
+    # Imports jax, which programs that only show their help must not.
+    from dmdr_jax.diffusion.sampler import MEAN_TURNS
+
+    told = re.findall(rf"{MEAN_TURNS}(\d+(?:\.\d+)?)", scopes)
+    return float(told[-1]) if told else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Work:
 def measure(jaxpr: Any, split: Sequence[bool] | None = None) -> Work:
     """The work of a (closed) jaxpr and of all it calls.
 
-    A `while` whose turns are unknown counts once, a `cond` as its dearest branch.
+    A `while`, whose turns are unknown, counts once or as its scope says (`mean_turns`), a `cond` as its dearest branch.
 
     Args:
       split: of each input, whether its parts lie on several devices: what is made of inputs that are whole everywhere
@@ -93,6 +103,8 @@ def _one(equation: Any, given: list[bool]) -> Found:
         own, found = _walk(jaxpr, given if arguments == len(given) else [any(given)] * arguments)
         work += own
         results = found if len(found) == len(mixed) else mixed
+    if name == "while":
+        return work * mean_turns(str(equation.source_info.name_stack)), results
     if name == "shard_map":  # its body is what one device does
         return dataclasses.replace(work * parameters["mesh"].size, gathered=work.gathered), results
     return work, results

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from dmdr_jax.diffusion.kernels import parse_kernel
+from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.diffusion.sampler import run_prefix
 from dmdr_jax.models.layers import Dense
+from dmdr_jax.planning import hlo
 from dmdr_jax.planning.work import count, measure
 
 A, B = jnp.zeros((4, 6)), jnp.zeros((6, 10))
@@ -26,6 +30,26 @@ def test_every_turn_of_a_loop_counts():
     assert count(jax.make_jaxpr(loop)(A)) == 5 * once
     # Backward: of constant weights the gradient of the activations alone.
     assert count(jax.make_jaxpr(jax.grad(loop))(A)) == 10 * once
+
+
+def test_a_loop_of_random_length_counts_as_often_as_it_turns_on_average():
+    def network(z, t):
+        return z @ jnp.ones((6, 6))
+
+    def simulate(noise, steps, mean):
+        grid = jnp.linspace(1, 0, 5)
+        return run_prefix(network, Flow(), parse_kernel("ode"), noise, grid, jax.random.key(0), steps, mean)
+
+    once = 2 * 4 * 6 * 6
+    noise = A.reshape(4, 1, 1, 6)
+    for mean, turns in ((None, 1), (1.5, 1.5), (12, 12)):
+        traced = jax.jit(lambda steps: simulate(noise, steps, mean)).trace(3)
+        assert count(traced.jaxpr) == turns * once
+        assert max(hlo_times(traced.lower().compile().as_text()).values()) == turns
+
+
+def hlo_times(text):
+    return hlo._times(*hlo._computations(text))
 
 
 def test_traffic_is_what_products_read_and_write():

@@ -85,12 +85,13 @@ NETWORKS = {"sd3": mmdit(4096 + 77 + 256, 1536, 24), "sdxl": unet()}
 GENERATOR_RANK, FAKE_RANK, STEPS = 64, 32, 4
 
 
-def by_hand(one: Forward, reuse: bool) -> dict[str, float]:
+def by_hand(one: Forward, reuse: bool, shared: bool) -> dict[str, float]:
     student, fake = one.forward(GENERATOR_RANK), one.update(FAKE_RANK)
     scored = one.update(GENERATOR_RANK) + 3 * one.forward(FAKE_RANK)
+    spared = (STEPS - 1) / 2 * student if shared else 0
     if reuse:
-        return {"generator": STEPS * student + scored + UPDATES * fake}
-    return {"fake": STEPS * student + fake, "generator": (STEPS - 1) * student + scored}
+        return {"generator": STEPS * student + scored + UPDATES * fake - spared}
+    return {"fake": STEPS * student + fake - spared, "generator": (STEPS - 1) * student + scored - spared}
 
 
 @pytest.mark.parametrize("size", NETWORKS)
@@ -101,13 +102,17 @@ def test_one_forward(size):
 
 
 @pytest.mark.parametrize("size", ["sd3", pytest.param("sdxl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("reuse", [False, True], ids=["apart", "reuse"])
-def test_the_steps_do_what_was_counted(size, reuse):
+@pytest.mark.parametrize(
+    "reuse, shared",
+    [(False, False), (True, False), (False, True), (True, True)],
+    ids=["apart", "reuse", "shared_index", "both"],
+)
+def test_the_steps_do_what_was_counted(size, reuse, shared):
     config = Workload(size, batch=1).config()
-    config.rollout.reuse = reuse
+    config.rollout.reuse, config.student.shared_index = reuse, shared
     run = AbstractRun.of(config)
     inputs, terms = (run.state, run.frozen, run.batch), active_terms(run.terms, 0)
     programs = {"fake": functools.partial(fake_step, run.plan)}
     programs |= {"generator": functools.partial(generator_step, run.plan, terms)}
-    for name, expected in by_hand(NETWORKS[size], reuse).items():
+    for name, expected in by_hand(NETWORKS[size], reuse, shared).items():
         assert count(jax.make_jaxpr(programs[name])(*inputs)) == pytest.approx(expected, rel=0.05), name
