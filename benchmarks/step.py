@@ -177,7 +177,7 @@ class Bench:
         peak, found = _peak(jax.devices()[0].device_kind), {}
         for step, parts in pieces(self.run.plan, self.state, self.frozen, self.batch).items():
             for name, (function, arguments) in parts.items():
-                program = jax.jit(partial(_inside, self.layout, function)).lower(*arguments).compile()
+                program = jax.jit(self.layout.on_mesh(function)).lower(*arguments).compile()
                 clocked = work.clocked(partial(_calls, program, arguments), repeats, iterations)
                 times = work.summary(clocked, self.workload.batch)
                 speed = self._speed(_count(function, arguments), times["seconds"], peak)
@@ -195,11 +195,6 @@ class Bench:
                     with jax.profiler.StepTraceAnnotation(name, step_num=i):
                         self.state, _ = program(self.state, self.frozen, self.batch)
                 jax.block_until_ready(self.state)
-
-
-def _inside(layout: Any, function: Callable, *arguments: Any) -> Any:
-    with layout.scope():
-        return function(*arguments)
 
 
 def _calls(program: Any, arguments: tuple, count: int) -> None:

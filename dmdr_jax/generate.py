@@ -1,5 +1,6 @@
 """Drawing images: prompts and noise in, pixels out. Shared by sampling, evaluation and training previews."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import Flow, Process
 from dmdr_jax.diffusion.sampler import sample
 from dmdr_jax.models.autoencoder import AutoencoderKL, raw_from_latents
+from dmdr_jax.models.placement import unsplit
 from dmdr_jax.rewards.memory import in_microbatches
 
 Array = jax.Array
@@ -118,7 +120,8 @@ def _draw(
         devices * max(AT_A_TIME // (size[0] * size[1]), 1),
         remat=False,
     )
-    return jnp.clip(decode(latents), 0.0, 1.0)
+    with unsplit():
+        return jnp.clip(decode(latents), 0.0, 1.0)
 
 
 def _put(tree: Tree, sharding: jax.sharding.NamedSharding | None) -> Tree:
@@ -180,7 +183,8 @@ def draw_images(
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
         text, keys = read_text(pipeline, [prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
         text, first = _put((text, noise[rows]), sharding)  # over several hosts jax takes no keys here
-        drawn = _draw(networks, recipe, devices, params, weights, text, empty, first, keys)
+        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh) if sharding else contextlib.nullcontext():
+            drawn = _draw(networks, recipe, devices, params, weights, text, empty, first, keys)
         images.append(on_host(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,15 @@ class Layout:
         See `dmdr_jax.models.placement`.
         """
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+    def on_mesh(self, function: Callable) -> Callable:
+        """The function in that scope, to be compiled."""
+
+        def on_mesh(*arguments: Any) -> Any:
+            with self.scope():
+                return function(*arguments)
+
+        return on_mesh
 
     def check_batch(self, batch: int) -> None:
         """UserError where the batch does not divide over the mesh."""

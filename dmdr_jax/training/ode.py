@@ -228,7 +228,7 @@ def draw_pairs(stage: Stage, pairs: Pairs, frozen: Frozen, batch: int, stop: Sto
     total, store = len(pairs), pairs.store
     if len(store) >= total:
         return True
-    draw = jax.jit(partial(teacher_latents, stage))
+    draw = jax.jit(pairs.layout.on_mesh(partial(teacher_latents, stage)))
     with Progress(total, len(store), unit="pair", stage=lambda step: "teacher's pairs") as progress:
         recipe = f"{len(stage.recipe.grid) - 1} steps, guidance {stage.recipe.guidance:g}"
         progress.note(f"ode: the teacher draws {total} pairs ({recipe}) into {store.folder}, from pair {len(store)}")
@@ -291,7 +291,9 @@ def regress(
 ) -> OdeState:
     """From ``state`` to ``config.ode.steps`` updates or to where it is stopped, with checkpoints and curves."""
     start, steps = int(state.step), config.ode.steps
-    update = jax.jit(partial(ode_step, stage), donate_argnums=0)
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    update = pairs.layout.on_mesh(partial(ode_step, stage))
+    update = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
     order = PromptStream(pairs.prompts, config.ode.batch, config.seed)  # of the pairs, as of a run's prompts
     with (
         MetricWriter(pairs.store.folder, start) as writer,

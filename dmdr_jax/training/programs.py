@@ -30,10 +30,5 @@ def _program(update: Update, layout: Layout, state: TrainState) -> Any:
     Args:
       state: arrays, or shapes with shardings.
     """
-
-    def on_mesh(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        with layout.scope():
-            return update(state, frozen, batch)
-
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(layout.on_mesh(update), donate_argnums=0, out_shardings=(where, None))

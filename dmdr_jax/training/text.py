@@ -47,9 +47,9 @@ def conditioning_of(
     """
     params, length = text_params(pipeline), pipeline.t5_length
 
+    @layout.on_mesh
     def encode_rows(params: Any, text: Text) -> Conditioning:
-        with layout.scope():
-            return encoder(pipeline.modules, params, text, max_sequence_length=length)
+        return encoder(pipeline.modules, params, text, max_sequence_length=length)
 
     empty = read_text(pipeline, [""] * config.batch)
     program = jax.jit(encode_rows, out_shardings=layout.batch_shardings(jax.eval_shape(encode_rows, params, empty)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmdr_jax.data.prompts import PromptStream
 from dmdr_jax.diffusion.process import Flow, VariancePreserving
@@ -340,3 +341,29 @@ def test_two_processes_make_what_one_makes(teacher, prompts_file, tmp_path):
         np.testing.assert_allclose(np.load(two / name), np.load(one / name), rtol=1e-4, atol=1e-4)
     for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
         np.testing.assert_allclose(b["ode/loss"], a["ode/loss"], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_split_network_makes_what_a_whole_one_makes(tmp_path):
+    """The embedded world's network, large enough to be split over eight devices: the stage, a step, the pictures.
+
+    pytest -m slow tests/training/test_ode.py: two minutes of one core.
+    """
+    changes = {"batch": 8, "steps": 1, "generator.kind": "full", "mesh.base": "split", "watch.every": 0}
+    changes |= {"ode.steps": 2, "ode.pairs": 8, "ode.batch": 8, "ode.teacher_steps": 2}
+    changes |= {"preview.images": 8, "preview.teacher_steps": 2}
+    changes |= {"rewards.shapes_clip.weight": 0, "rewards.shapes_hps.weight": 0}
+    runs = {devices: tmp_path / str(devices) for devices in (1, 8)}
+    for devices, workdir in runs.items():
+        program = [sys.executable, "-m", "dmdr_jax.train", "--config=configs/shapes/sd3.py", f"--workdir={workdir}"]
+        program += [f"--config.{key}={value}" for key, value in {**changes, "mesh.fsdp": devices}.items()]
+        group = Group(1, program, tmp_path, devices)
+        group.check()
+        assert f"(data 1, fsdp {devices}, tensor 1)" in group.text()
+    for folder in ("ode", ""):
+        rows, expected = (read_metrics(workdir / folder) for workdir in (runs[8], runs[1]))
+        for row, wanted in zip(rows, expected, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-4, nan_ok=True)
+    for name in ("samples/ode.png", "samples/teacher.png", "samples/student_000001.png"):
+        found, wanted = (np.asarray(Image.open(workdir / name), np.int16) for workdir in (runs[8], runs[1]))
+        assert np.abs(found - wanted).max() <= 1
