@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmdr_jax.arrays import on_host
 from dmdr_jax.evaluation.appearance import MEASURES, appearance, mean_colour
 from dmdr_jax.evaluation.images import to_uint8
 from dmdr_jax.evaluation.overoptimisation import HELD_OUT, TRAINED, Observation
@@ -33,16 +34,17 @@ DIVERSITY, PALETTE = "watch/diversity_share", "watch/palette_share"
 CHROMA, CLIPPED = "watch/chroma_share", "watch/clipped_more"
 
 
-def apart(reward: Reward, on_host: bool = False) -> Reward:
+def apart(reward: Reward, to_host: bool = False) -> Reward:
     """A reward whose cache of texts is its own, so that watching changes nothing in training.
 
     Args:
-      on_host: its weights wait in the host's memory and are on a device only while it scores.
+      to_host: its weights wait in the host's memory and are on a device only while it scores. Where they are those of
+        several hosts all processes call, and each can then score by itself.
     """
     changes: dict[str, Any] = {"cache": FeatureCache()} if isinstance(reward, ClipReward) else {}
-    if on_host:
+    if to_host:
         names = [name for name in ("params", "text_params") if hasattr(reward, name)]
-        changes |= {name: jax.tree.map(np.asarray, getattr(reward, name)) for name in names}
+        changes |= {name: jax.tree.map(on_host, getattr(reward, name)) for name in names}
     return dataclasses.replace(reward, **changes)  # type: ignore[type-var]
 
 

@@ -208,7 +208,7 @@ def held_out_rewards(config: Any, trained: tuple[Reward, ...]) -> tuple[Reward, 
     named = {name: config.watch.rewards[name].to_dict() for name in sorted(config.watch.rewards)}
     specs = [RewardSpec(name=name, **fields) for name, fields in named.items()]
     specs = [dataclasses.replace(spec, path=resolve(spec.path)) for spec in specs if spec.path]
-    held_out = tuple(apart(_open([spec], config)[0], on_host=True) for spec in specs)  # one at a time on a device
+    held_out = tuple(apart(_open([spec], config)[0], to_host=True) for spec in specs)  # one at a time on a device
     check_held_out(trained, held_out)
     return held_out
 
@@ -218,14 +218,13 @@ def load_rewards(config: Any, prompts: Sequence[str] = (), layout: Layout | None
 
     Args:
       prompts: that they are going to read.
-      layout: where their networks go, so that no copy stays on the first device. (Of several processes the first one
-        scores the canaries by itself, and keeps a copy of its own for that.)
+      layout: where their networks go, so that no copy stays on the first device.
     """
     rewards = _open(reward_specs(config), config)
     for reward in rewards:
         if isinstance(reward, ClipReward):
             reward.check_prompts(prompts)
-    return rewards if layout is None or jax.process_count() > 1 else tuple(_placed(r, layout) for r in rewards)
+    return rewards if layout is None else tuple(_placed(reward, layout) for reward in rewards)
 
 
 def _placed(reward: Reward, layout: Layout) -> Reward:

@@ -91,7 +91,7 @@ def test_spread_is_the_mean_distance_within_a_prompt():
 
 def test_features_of_the_held_out_clip(tmp_path):
     make_folder(tmp_path)
-    reward = canaries.apart(load_clip_reward(RewardSpec("clip", str(tmp_path))), on_host=True)
+    reward = canaries.apart(load_clip_reward(RewardSpec("clip", str(tmp_path))), to_host=True)
     images = np.random.default_rng(0).random((3, 16, 16, 3)).astype(np.float32)
     features = canaries.clip_features(reward, images)
     assert features.shape == (3, 20) and np.linalg.norm(features, axis=1) == pytest.approx(np.ones(3))
@@ -101,7 +101,7 @@ def test_features_of_the_held_out_clip(tmp_path):
 def test_watching_leaves_the_cache_of_training_alone(tmp_path):
     make_folder(tmp_path)
     reward = load_clip_reward(RewardSpec("clip", str(tmp_path)))
-    own = canaries.apart(reward, on_host=True)
+    own = canaries.apart(reward, to_host=True)
     images = np.zeros((4, 16, 16, 3), np.float32)
     np.testing.assert_array_equal(own.score_prompts(images, PROMPTS), reward.score_prompts(images, PROMPTS))
     assert own.cache is not reward.cache and isinstance(own.params["visual_projection"]["kernel"], np.ndarray)

@@ -21,6 +21,7 @@ from dmdr_jax.training import runtime
 from dmdr_jax.training.checkpoints import load_trained
 from dmdr_jax.training.metrics import read_metrics
 from dmdr_jax.training.runtime import Place, cluster_size, find_place
+from tests.rewards.test_clip_reward import make_folder
 
 ROOT = Path(__file__).parents[2]
 FIELDS = ("generator", "fake", "ema", "generator_opt", "fake_opt", "step", "inner", "key")
@@ -77,11 +78,11 @@ def train(teacher, prompts_file, tmp_path):
     """Starts the tiny run in a workdir with so many processes."""
     groups = []
 
-    def start(count: int, workdir: Path, steps: int, every: int = 1000, images: int = 2, devices: int = 8) -> Group:
+    def start(count: int, workdir: Path, steps: int, *more: str, every: int = 1000, images: int = 2, devices: int = 8):
         config = f"--config=tests/training/tiny_config.py:{teacher},{prompts_file}"
         size = ["--config.batch=8", f"--config.steps={steps}", f"--config.checkpoint.every={every}"]
         size += [f"--config.preview.images={images}"]
-        program = [sys.executable, "-m", "dmdr_jax.train", config, f"--workdir={workdir}", *size]
+        program = [sys.executable, "-m", "dmdr_jax.train", config, f"--workdir={workdir}", *size, *more]
         groups.append(Group(count, program, tmp_path, devices))
         return groups[-1]
 
@@ -134,6 +135,26 @@ def test_two_processes_train_as_one(train, tmp_path):
     trees, meta = load_trained(changing, FIELDS)
     expected, _ = load_trained(whole, FIELDS)
     assert meta["step"] == 3 and int(trees["inner"]) == int(expected["inner"])
+
+
+@pytest.mark.slow
+def test_two_processes_are_rewarded_and_watched_as_one(train, reward_folder, tmp_path):
+    """Calibration, rewards, held-out judge and canaries; pytest -m slow tests/training/test_processes.py.
+
+    Of weights that lie on devices of both, each process can score by itself.
+    """
+    make_folder(tmp_path / "judge", image_size=24)
+    reward = {"path": reward_folder, "weight": 0.3, "units": "z", "margin": 100.0, "start": 0}
+    more = [f"--config.rewards.clip.{key}={value}" for key, value in reward.items()]
+    more += ["--config.calibration=4", "--config.watch.every=1", "--config.watch.count=2"]
+    more += [f"--config.watch.rewards.judge.path={tmp_path / 'judge'}", "--config.fake.updates=1"]
+    for count in (1, 2):
+        train(count, tmp_path / str(count), 2, *more, images=0, devices=4).check()
+    assert_same_losses(tmp_path / "2", tmp_path / "1")
+    row = read_metrics(tmp_path / "2")[-1]
+    assert {"reward/loss", "reward/clip", "watch/reward_gap"} <= row.keys()
+    found, expected = (json.loads((tmp_path / str(n) / "calibration.json").read_text())["scores"] for n in (2, 1))
+    np.testing.assert_allclose(found["clip"], expected["clip"], rtol=1e-4)
 
 
 @pytest.mark.slow
