@@ -31,6 +31,7 @@ from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import compose
 from dmdr_jax.training.checkpoints import Checkpoints
 from dmdr_jax.training.layout import Layout
+from dmdr_jax.training.ranges import check_ranges
 from dmdr_jax.training.state import TrainState, new_state, without_buffers
 from dmdr_jax.training.step import FAKE_DATA, Plan
 from dmdr_jax.training.text import encode_all
@@ -55,60 +56,23 @@ def choice(what: str, value: str, known: Any) -> Any:
     return known[value] if isinstance(known, dict) else value
 
 
-COUNTS = (
-    "steps",
-    "batch",
-    "student.steps",
-    "fake.updates",
-    "fake.lora.rank",
-    "generator.lora.rank",
-    "preview.every",
-    "preview.teacher_steps",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "calibration",
-    "watch.count",
-    "watch.per_prompt",
-    "watch.patience",
-)
-"""Keys that must be at least 1."""
-ODE_COUNTS = ("ode.pairs", "ode.batch", "ode.teacher_steps")
-"""And these, where ``ode.steps`` is."""
-
-
 def check(config: Any) -> None:
     """Refuses numbers that mean nothing, before anything is loaded."""
     config = methods.resolve(config)
-    for key in (*COUNTS, *(ODE_COUNTS if config.ode.steps else ())):
-        node = config
-        for name in key.split("."):
-            node = node[name]
-        if node < 1:
-            raise UserError(f"config.{key} must be at least 1, not {node}.")
-    for key, value in (("reward_microbatch", config.reward_microbatch), ("preview.images", config.preview.images)):
-        if value < 0:
-            raise UserError(f"config.{key} must not be negative, and is {value}.")
+    check_ranges(config)
     choice("config.mesh.base", config.mesh.base, BASES)
-    if config.seed < 0:
-        raise UserError(f"config.seed must not be negative, and is {config.seed}.")
-    _check_ode(config.ode)
-    if config.ode.steps and config.generator.lora.start:
+    choice("config.ode.loss", config.ode.loss, LOSSES)
+    if not config.ode.steps:
+        return
+    if config.ode.pairs < config.ode.batch:
+        raise UserError(
+            f"config.ode.pairs is {config.ode.pairs}, fewer than one batch: take at least config.ode.batch,"
+            f" {config.ode.batch}."
+        )
+    if config.generator.lora.start:
         raise UserError(
             "config.ode.steps and config.generator.lora.start both say how the student starts; leave one out."
         )
-
-
-def _check_ode(ode: Any) -> None:
-    for key in ("steps", "guidance", "lr", "warmup"):
-        if ode[key] < 0:
-            raise UserError(f"config.ode.{key} must not be negative, and is {ode[key]}.")
-    if ode.steps and ode.pairs < ode.batch:
-        raise UserError(
-            f"config.ode.pairs is {ode.pairs}, fewer than one batch: take at least config.ode.batch, {ode.batch}."
-        )
-    if not 0.0 <= ode.ema < 1.0:
-        raise UserError(f"config.ode.ema must be at least 0 and below 1, not {ode.ema}.")
-    choice("config.ode.loss", ode.loss, LOSSES)
 
 
 def check_batches(config: Any, layout: Layout) -> None:

@@ -154,7 +154,13 @@ def test_generator_turns_are_counted_as_the_authors_do():
         ({"dm__weight": 0.0}, "nothing to train"),
         ({"fake__updates": 0}, "config.fake.updates must be at least 1"),
         ({"fake__lora__rank": 0}, "config.fake.lora.rank must be at least 1"),
-        ({"seed": -1}, "config.seed"),
+        ({"seed": -1}, "config.seed must not be negative, and is -1"),
+        ({"optim__generator__lr": -1e-4}, "config.optim.generator.lr must not be negative"),
+        ({"optim__fake__lr": float("nan")}, "config.optim.fake.lr must not be negative, and is nan"),
+        ({"student__shift": 0.0}, "config.student.shift must be above 0"),
+        ({"ema": 1.5}, "config.ema must be at least 0 and below 1"),
+        ({"dynamics__tau_high": 1.1}, "config.dynamics.tau_high must lie between 0 and 1"),
+        ({"dynamics__tau_low": 0.99}, r"config.dynamics.tau_low must be below tau_high, 0\.98, and is 0\.99"),
     ],
 )
 def test_bad_settings_are_one_clear_sentence(teacher, prompts_file, change, message):
