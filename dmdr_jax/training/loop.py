@@ -18,6 +18,7 @@ from dmdr_jax.data.survey import Survey, survey_large
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import Text, encode_uncond, read_text, text_params, tokenize
 from dmdr_jax.evaluation.environment import command, commit, versions
+from dmdr_jax.evaluation.sections import flat
 from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates, stage
 from dmdr_jax.rewards.base import Reward
 from dmdr_jax.training import calibration, disk, mesh_choice, ode, runtime, setup
@@ -91,6 +92,7 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     del generator  # the state has its own copy
     start = int(state.step)
     asked = survey_prompts(config, pipeline, (*rewards, *held_out), texts)
+    changed = changed_settings(workdir, meta["config"]) if start else []
     write_config(workdir, config, meta, asked)
 
     stream = PromptStream(prompts, config.batch, config.seed)
@@ -111,6 +113,8 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
     ):
         progress.note(f"{layout}; {describe(pipeline, plan, state)}; from step {start} of {config.steps}")
         progress.note(f"{config.prompts}: {asked}")
+        if changed:
+            progress.note(f"not as this run had it before: {', '.join(changed)}")
         preview.teacher(writer, start)
         watch.begin(start, state.ema, frozen, writer, checkpoints)
         tell = partial(report, writer=writer, progress=progress, checkpoints=checkpoints, skipped=skipped)
@@ -138,6 +142,9 @@ def train(config: Any, workdir: epath.PathLike, stop: Callable[[int], bool] = ru
         tell(pending)
         if watch.ends_the_run:
             progress.note(f"{watch.sentence()}; the run ends here (config.watch.stop)")
+        elif step >= config.steps:
+            draw, show = (f"python -m dmdr_jax.{program} {workdir}" for program in ("sample --model", "report"))
+            progress.note(f"all {config.steps} steps are done: {draw} --prompts FILE draws, {show} shows the run")
         if stopped:
             if step > start:
                 save(step, state, meta, writer, checkpoints)
@@ -235,6 +242,16 @@ def make_folder(workdir: epath.Path) -> None:
     """UserError where the workdir cannot be a folder, or is not the same one for all processes."""
     disk.make_folder(workdir)
     runtime.check_shared(workdir)
+
+
+def changed_settings(workdir: epath.Path, config: dict[str, Any]) -> list[str]:
+    """In what a configuration is not the one that the run in ``workdir`` was last started with: "KEY OLD -> NEW"."""
+    file = workdir / CONFIG
+    if not file.exists():
+        return []
+    before, now = (flat(settings) for settings in (json.loads(file.read_text())["config"], config))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
 def write_config(workdir: epath.Path, config: Any, meta: dict[str, Any], prompts: Survey) -> None:

@@ -57,20 +57,26 @@ def test_the_teachers_grid_is_of_the_prompts_that_are_asked_for(teacher, prompts
     assert widths(2) > first
 
 
-def test_stopping_and_going_on_changes_nothing(finished, tmp_path):
+def test_stopping_and_going_on_changes_nothing(finished, tmp_path, capsys):
     _, config, whole = finished
     with config.copy_and_resolve_references().unlocked() as first:
         first.steps = 2
     train(first, tmp_path)
+    told = capsys.readouterr().err
+    assert f"all 2 steps are done: python -m dmdr_jax.sample --model {tmp_path} --prompts FILE draws" in told
     resumed = train(config, tmp_path)
+    told = capsys.readouterr().err
+    assert "not as this run had it before: steps 2 -> 4\n" in told and "all 4 steps are done" in told
     assert leaves_equal(resumed, whole)
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4]
 
 
-def test_a_finished_run_is_left_as_it_is(finished):
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
     workdir, config, state = finished
     assert leaves_equal(train(config, workdir), state)
+    told = capsys.readouterr().err
+    assert "all 4 steps are done" in told and "not as this run" not in told
 
 
 def test_checkpoint_of_another_model_is_refused(finished, teacher, prompts_file):
