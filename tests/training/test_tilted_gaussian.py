@@ -130,25 +130,57 @@ def test_the_last_steps_reward_gradient_with_matching_comes_to_the_tilted_teache
     assert np.allclose(found["later_scale"] ** 2 * z_variance, variance, rtol=0.06)
 
 
-def test_the_policy_gradient_is_the_gradient_of_the_expected_reward():
+def first_state(kernel, x0, z, n, t1):
+    """The state at t1 that a kernel makes of pure noise z, its estimate x0 and fresh noise n, written out at t = 1."""
+    dt, velocity = t1 - 1.0, z - x0
+    match kernel:
+        case "renoise":
+            return (1.0 - t1) * x0 + t1 * n
+        case "cps(0.6)":
+            return (1.0 - t1) * x0 + t1 * (np.cos(0.3 * np.pi) * z + np.sin(0.3 * np.pi) * n)
+        case "flow_sde(0.7)":
+            rate = 0.7 / np.sqrt(1.0 - t1)
+            return z * (1.0 + rate**2 * dt / 2.0) + velocity * dt + rate * np.sqrt(-dt) * n
+        case "dance(0.8)":
+            return z + velocity * dt + 0.8**2 * z * dt / 2.0 + 0.8 * np.sqrt(-dt) * n
+
+
+@pytest.mark.parametrize("kernel", ["renoise", "cps(0.6)", "flow_sde(0.7)", "dance(0.8)"])
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(kernel):
     """Against finite differences of the mean reward over the same noise, for a trained first step of two."""
     b, t1 = 200_000, 0.5
-    changes = dict(policy__weight=1.0, policy__clip=1.0, group__size=GROUP, policy__kl=0.0)
+    changes = dict(policy__weight=1.0, policy__clip=1.0, group__size=GROUP, policy__kl=0.0, rollout__kernel=kernel)
     w = world("grpo_only", b, 1.0, grid=(1.0, t1, 0.0), trained=("first_bias", "first_scale"), **changes)
+    assert_rewarded(w, kernel, t1, dict.fromkeys(w.state.generator, SHARE))
+
+
+def test_policy_gradient_and_last_step_together_are_the_gradient_of_the_expected_reward():
+    """RTDMD without matching: all but the last step by the policy's half, the last by the reward's own gradient."""
+    b, t1 = 200_000, 0.5
+    changes = dict(policy__weight=1.0, policy__steps=1, policy__clip=1.0, group__size=GROUP)
+    changes |= dict(last_step__weight=0.5, last_step__margin=1e6, last_step__dm_weight=0.0)
+    w = world("rtdmd", b, 1.0, grid=(1.0, t1, 0.0), trained=gaussian.TRAINED, **changes)
+    assert_rewarded(w, "renoise", t1, {n: SHARE if n.startswith("first") else 0.5 for n in gaussian.TRAINED})
+
+
+def assert_rewarded(w, kernel, t1, weights):
+    """One update's gradient is, by coefficient, its weight times the finite difference of the mean reward."""
     new, _ = jax.jit(lambda s: generator_step(w.plan, w.terms, s, w.frozen, w.batch))(w.state)
     got = jax.tree.map(lambda a, b: (a - b) / 3.0, new.generator, w.state.generator)  # the rate is 3
-
-    z, n = (jax.random.normal(jax.random.key(i), (b, 2)) for i in (1, 2))
+    z, n = (jax.random.normal(jax.random.key(i), (200_000, 2)) for i in (1, 2))
 
     @jax.jit
     def mean_reward(p):
+        p = w.frozen.base | p
         first = MEAN + p["first_bias"] + p["first_scale"] * z
-        x = w.frozen.base["later_bias"] + w.frozen.base["later_scale"] * ((1 - t1) * first + t1 * n)
+        x = p["later_bias"] + p["later_scale"] * first_state(kernel, first, z, n, t1)
         return (-0.5 * CURVATURE * (x - CENTRE) ** 2).sum(-1).mean()
 
     step = 1e-2
     for name, value in w.state.generator.items():
+        slopes = []
         for d in range(2):
             up, down = (w.state.generator | {name: value.at[d].add(h)} for h in (step, -step))
-            slope = float(mean_reward(up) - mean_reward(down)) / (2 * step)
-            assert float(got[name][d]) == pytest.approx(SHARE * slope, abs=0.012)
+            slopes.append(float(mean_reward(up) - mean_reward(down)) / (2 * step))
+        assert max(map(abs, slopes)) > 0.05, name
+        np.testing.assert_allclose(got[name], weights[name] * np.array(slopes), atol=0.012, err_msg=name)
