@@ -73,7 +73,7 @@ def facts(gathered=10e9, temp=2e9, peak=9e9, error=None, held=8e9, **changes):
         programs=programs,
         fake_updates=5,
         steps=100,
-        stages=((100, 100e12, 5),),
+        earlier=(),
     )
     return Facts(**values | changes)
 
@@ -105,6 +105,9 @@ def test_the_roofline():
     assert answer.seconds == pytest.approx(6 * 100 / 197)
     assert answer.images_per_second == pytest.approx(2 / answer.seconds)
     assert answer.chip_hours == pytest.approx(100 * answer.seconds * 16 / 3600)
+    staged = judged(earlier=((40, 20e12, 1),))  # its gathers take longer than its operations
+    hours = (60 * answer.seconds + 40 * (time_.links + 100 / 197)) * 16 / 3600
+    assert time_.links > 20 / 197 and staged.chip_hours == pytest.approx(hours)
 
 
 def test_what_one_would_want_to_know():

@@ -136,11 +136,11 @@ def time_of(program: Program, facts: Facts, chip: Chip) -> Time:
 def chip_hours(facts: Facts, times: dict[str, Time], chip: Chip) -> float:
     """Of all stages: an earlier stage's update is taken to send as much as the last one's."""
     last, fake = times[GENERATOR], times[FAKE].bound if FAKE in times else 0.0
-    seconds = 0.0
-    for steps, flops, fakes in facts.stages:
-        update = max(flops / chip.flops, last.links) if flops != facts.programs[GENERATOR].flops else last.bound
-        seconds += steps * (update + fakes * fake)
-    return seconds * facts.chips / 3600
+    seconds, left = 0.0, facts.steps
+    for steps, flops, fakes in facts.earlier:
+        seconds += steps * (max(flops / chip.flops, last.links) + fakes * fake)
+        left -= steps
+    return (seconds + left * (last.bound + facts.fake_updates * fake)) * facts.chips / 3600
 
 
 def warnings(facts: Facts, where: Slice) -> tuple[str, ...]:

@@ -74,8 +74,9 @@ class Facts:
       split_base: the frozen denoiser is split over fsdp.
       held: bytes on a device between steps, by holder.
       fake_updates: per generator update, in the last stage.
-      steps: generator updates; ``stages`` has how many of them each stage has, with the operations of its program on a
-        device and its fake updates.
+      steps: generator updates.
+      earlier: of each stage before the last, its generator updates, the operations of one on a device, and the fake
+        updates with it.
     """
 
     topology: str
@@ -87,10 +88,10 @@ class Facts:
     programs: dict[str, Program]
     fake_updates: int
     steps: int
-    stages: tuple[tuple[int, float, int], ...]
+    earlier: tuple[tuple[int, float, int], ...]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Facts":
         programs = {name: Program(**program) for name, program in values["programs"].items()}
-        stages = tuple((int(n), float(f), int(u)) for n, f, u in values["stages"])
-        return cls(**{**values, "programs": programs, "stages": stages, "mesh": tuple(values["mesh"])})
+        earlier = tuple((int(n), float(f), int(u)) for n, f, u in values["earlier"])
+        return cls(**{**values, "programs": programs, "earlier": earlier, "mesh": tuple(values["mesh"])})

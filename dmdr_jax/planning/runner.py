@@ -35,7 +35,7 @@ def answer(request: Request) -> Answer:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(lambda names: _survey(request, names), groups))
     programs = {name: program for facts in found for name, program in facts.programs.items()}
-    facts = Facts.from_dict({**vars(found[-1]), "programs": {}})  # the generator's process knows the stages
+    facts = Facts.from_dict({**vars(found[0]), "programs": {}})  # the fake score's process knows the stages
     facts.programs.update(programs)
     return judge(facts, where, request.compiled)
 

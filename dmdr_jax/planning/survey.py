@@ -48,18 +48,19 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
     config = load(request, where)
     plain = AbstractRun.of(config)
     layout = place(config, where, plain, request.compiled)
-    run = AbstractRun.of(config, layout.mesh) if request.compiled else plain
+    run = plain.attending(config, layout.mesh) if request.compiled else plain
     layout.check_batch(config.batch)
     del plain
     placed, stages = run.placed(layout), stages_of(config, run)
-    programs, earlier = {}, []
+    programs = {}
     for name in names:
         traced = trace(name, placed, layout, stages[-1].terms)
         known = examine(name, traced, split_inputs(placed), where.chips)
         programs[name] = compile_program(traced, known, layout.mesh.shape["fsdp"]) if request.compiled else known
-    if GENERATOR in names:
-        works = [measure(trace(GENERATOR, placed, layout, stage.terms).jaxpr) for stage in stages[:-1]]
-        earlier = [*(work.flops / where.chips for work in works), programs[GENERATOR].flops]
+    earlier = []
+    for stage in stages[:-1] if FAKE in names else ():  # where the smaller of the two programs is
+        work = measure(trace(GENERATOR, placed, layout, stage.terms).jaxpr)
+        earlier.append((stage.steps, work.flops / where.chips, stage.fake_updates))
     sizes = layout.mesh.shape
     return Facts(
         topology=str(where),
@@ -71,7 +72,7 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
         programs=programs,
         fake_updates=stages[-1].fake_updates,
         steps=config.steps,
-        stages=tuple((stage.steps, flops, stage.fake_updates) for stage, flops in zip(stages, earlier)),
+        earlier=tuple(earlier),
     )
 
 

@@ -72,8 +72,6 @@ class AbstractRun:
         if not config.t5:
             pipeline.params.pop(T5, None)
         setup.set_remat(config, pipeline)
-        if mesh is not None:
-            setup.set_attention(config, pipeline, mesh)
         specs = [dataclasses.replace(spec, std=spec.std or 1.0) for spec in setup.reward_specs(config)]
         rewards = tuple(abstract_reward(spec, stored, config.remat != "none") for spec in specs)
         terms, plan = setup.make_terms(config, rewards), setup.make_plan(config, pipeline, rewards)
@@ -90,7 +88,14 @@ class AbstractRun:
         batch = Batch(cond, {reward.spec.name: text for reward in rewards})
         if config.encode_once:
             pipeline.params = {name: tree for name, tree in pipeline.params.items() if not is_text_encoder(name)}
-        return cls(plan, terms, state, frozen, batch, pipeline)
+        run = cls(plan, terms, state, frozen, batch, pipeline)
+        return run if mesh is None else run.attending(config, mesh)
+
+    def attending(self, config: Any, mesh: jax.sharding.Mesh) -> "AbstractRun":
+        """The same run, whose networks use the attention kernel of the mesh's devices. No shape depends on that."""
+        pipeline = dataclasses.replace(self.pipeline, modules=dict(self.pipeline.modules))
+        setup.set_attention(config, pipeline, mesh)
+        return dataclasses.replace(self, pipeline=pipeline, plan=setup.make_plan(config, pipeline, self.plan.rewards))
 
     def residents(self) -> Residents:
         """What lives on the devices between steps."""
