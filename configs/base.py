@@ -178,6 +178,7 @@ def _add_methods(c: ConfigDict) -> None:
     c.policy.clip = placeholder(float)  # of the likelihood ratio, to 1 +- this
     c.policy.kl = placeholder(float)  # weight of the KL to the reference
     c.policy.steps = placeholder(int)  # stochastic steps that get a gradient, drawn anew each time; 0: all
+    c.policy.steps_of = "batch"  # they are the same for all prompts; or "prompt": each one's own
     c.policy.shared_noise = placeholder(bool)  # the others share their noise within a group
     c.policy.balance = placeholder(float)  # scaled to this part of distribution matching's gradient; 0: not scaled
     c.policy.density = "gaussian"  # of a step; or "rtdmd": without the factor 1 / (2 std^2)
@@ -214,7 +215,8 @@ def _add_methods(c: ConfigDict) -> None:
     c.boundary = ConfigDict()
     c.boundary.normaliser = "transition"  # mean |x_s - real x_s|, or "estimate": mean |x0 - real x0|
     c.boundary.consistency = 0.01  # weight of the fake score's consistency term
-    c.boundary.jump = 0.2  # of its two reverse steps, at most
+    c.boundary.times = "renoised"  # it starts where the fake score is trained; or "grid": at the student's times
+    c.boundary.jump = 0.2  # of its two reverse steps, at most; on the grid they end at the next time
 
     c.augmentation = ConfigDict()  # ddmd_adv's dose of guidance: shift + kappa * advantage
     c.augmentation.kappa = 0.5  # of the advantage

@@ -217,7 +217,10 @@ METHODS: dict[str, Method] = {
         The rollouts' kernel is the student's own, renoise by default; ``rollout.kernel="cps(0.9)"`` is the code's.
         Paper and code disagree. The bridge's variance is the code's (the paper's has the wrong noise level); the
         second stage matches at every step of the grid as eq. 18 says (``last_step.every_step``; the code only at the
-        last, which leaves the earlier steps to the reward alone); the fake's consistency jumps are the code's.
+        last, which leaves the earlier steps to the reward alone); the fake's consistency jumps are the code's
+        (``boundary.times="grid"`` for the paper's), and so is one choice of policy steps for all prompts
+        (``policy.steps_of="prompt"``). The bridge that is printed has no switch: its latents are at other noise levels
+        than the networks would be told.
         Passes, stage 2: K student forwards, 1 + M student updates, 3 score forwards, E fake updates of 3 forwards and
         backwards each (1 with ``boundary.consistency=0``), 1 reward, 1 reward with gradient.""",
         lambda n: Passes(

@@ -42,6 +42,7 @@ from dmdr_jax.models.conditioning import Conditioning, interleave, interleave_ro
 Array = jax.Array
 
 NORMALISERS = ("transition", "estimate")
+CONSISTENCY_TIMES = ("renoised", "grid")
 MAX_WEIGHT = 10.0
 MIN_GAP = 0.01
 """The bridge's t is at least this far above s."""
@@ -56,6 +57,7 @@ class Boundary:
       consistency: weight of the fake score's consistency term.
       max_jump: how far below t its two reverse steps end, at most.
       low, high: range of t.
+      grid: times between which the consistency term steps; empty: from t down by a jump.
     """
 
     normaliser: str = "transition"
@@ -63,12 +65,28 @@ class Boundary:
     max_jump: float = 0.2
     low: float = 0.02
     high: float = 0.98
+    grid: tuple[float, ...] = ()
 
     def times(self, key: Array, s: Array) -> Array:
         """Renoise times ``[b]``: uniform in [s + .01, 1], clipped to [low, high] but kept above s."""
         u = jax.random.uniform(key, s.shape, jnp.float32)
         t = s + MIN_GAP + u * (1.0 - s - MIN_GAP)
         return jnp.maximum(jnp.clip(t, self.low, self.high), s + MIN_GAP)
+
+    def jump(self, key: Array, t: Array) -> Array:
+        """Where the steps from ``t`` ``[b]`` end: up to `max_jump` below, and not below `low`."""
+        down = self.max_jump * (1.0 - jax.random.uniform(key, t.shape, jnp.float32))
+        return self._not_too_low(t - down, t)
+
+    def neighbours(self, key: Array, s: Array) -> tuple[Array, Array]:
+        """A time of the grid above ``s`` ``[b]``, any of them, and the next one, which may be ``s``."""
+        grid = jnp.asarray(self.grid, jnp.float32)
+        above = (grid[:, None] > s).sum(0)
+        index = jnp.floor(jax.random.uniform(key, s.shape, jnp.float32) * above).astype(jnp.int32)
+        return grid[index], self._not_too_low(grid[index + 1], grid[index])
+
+    def _not_too_low(self, later: Array, t: Array) -> Array:
+        return jnp.maximum(later, jnp.minimum(self.low, t))
 
 
 def bridge(process: Process, x_s: Array, s: Array, t: Array, noise: Array) -> tuple[Array, Array]:
@@ -116,8 +134,13 @@ def bridge_loss(
     weight = jnp.minimum(1.0, MAX_WEIGHT * sigma_b**2)
     consistency = jnp.zeros(())
     if settings.consistency:
-        jump = settings.max_jump * (1.0 - jax.random.uniform(key_jump, t.shape, jnp.float32))
-        later = process.snap(jnp.maximum(t - jump, jnp.minimum(settings.low, t)))
+        if settings.grid:
+            t, later = settings.neighbours(key_jump, s)
+            x_t, _ = bridge(process, x_s, s, t, noise)
+            output = denoiser.output(fake, x_t, t, cond)
+        else:
+            later = settings.jump(key_jump, t)
+        later = process.snap(later)
         noises = [jax.random.normal(k, x_s.shape, jnp.float32) for k in key_steps]
         consistency = consistency_loss(denoiser, fake, kernel, x_t, t, output, later, noises, cond)
     loss = (weight * error).mean() + settings.consistency * consistency
@@ -138,8 +161,8 @@ def consistency_loss(
     """``E (h(x1) - h(x_t)) . (h(x2) - h(x_t))``, averaged over elements: an unbiased square of a mean.
 
     h is the estimate of x0, x1 and x2 are two independent steps of the fake score's own sampler to ``later`` ``[b]``,
-    without gradient. (Eqs. 11, 12 and 22 take neighbouring times of the student's grid; the released code, followed
-    here, takes any t and a jump of at most 200 of 1000 steps.)
+    without gradient. (Eqs. 11, 12 and 22 take neighbouring times of the student's grid, `Boundary.grid`; the released
+    code, followed by default, any t and a jump of at most 200 of 1000 steps, which spares a forward.)
     """
     process = denoiser.process
     start = process.to_x0(x_t, output, t)

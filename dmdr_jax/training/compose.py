@@ -11,8 +11,8 @@ from dmdr_jax import methods
 from dmdr_jax.diffusion.denoiser import Denoiser
 from dmdr_jax.diffusion.kernels import parse_kernel
 from dmdr_jax.diffusion.process import Flow
+from dmdr_jax.distill.bridge import CONSISTENCY_TIMES, Boundary
 from dmdr_jax.distill.bridge import NORMALISERS as BOUNDARY_NORMALISERS
-from dmdr_jax.distill.bridge import Boundary
 from dmdr_jax.distill.features import FeatureSpec, feature_layers, feature_width
 from dmdr_jax.distill.gan import GanSpec, init_head
 from dmdr_jax.distill.simulate import Simulation
@@ -57,6 +57,7 @@ Specs = tuple[RewardSpec, ...]
 DRAWS = {"plain": "sample", "split": "sample", "boundary": "sample"} | dict.fromkeys(("renoise_group", "prompt_group"))
 DENSITIES = ("gaussian", "rtdmd")
 KL_FORMS = ("gaussian", "flow_grpo")
+STEPS_OF = ("batch", "prompt")
 TARGET_GROUPS = ("both", "renoise", "fake")
 ANCHORS = ("reference", "dm")
 
@@ -224,6 +225,7 @@ def make_method_plan(
         shared_start=config.group.shared_start,
         policy_kernel=parse_kernel(config.rollout.kernel) if config.rollout.kernel else None,
         policy_steps=config.policy.steps,
+        steps_of=_choice("policy.steps_of", config.policy.steps_of, STEPS_OF),
         shared_noise=config.policy.shared_noise,
         density=_choice("policy.density", config.policy.density, DENSITIES),
         kl_form=_choice("policy.kl_form", config.policy.kl_form, KL_FORMS),
@@ -239,7 +241,7 @@ def make_method_plan(
         reference_start=_start(specs),
         reference_refresh=max(config.dpo.refresh, config.policy.refresh),
         split=_split(config, denoiser) if form == "split" else None,
-        boundary=_boundary(config) if form == "boundary" else None,
+        boundary=_boundary(config, simulation.grid) if form == "boundary" else None,
         features=FeatureSpec(feature_layers(denoiser.module, wide=True), config.drpo.time, config.drpo.cells),
         gan=gan,
     )
@@ -258,10 +260,12 @@ def _split(config: Any, denoiser: Denoiser) -> SplitTimes:
     )
 
 
-def _boundary(config: Any) -> Boundary:
-    normaliser = _choice("boundary.normaliser", config.boundary.normaliser, BOUNDARY_NORMALISERS)
+def _boundary(config: Any, grid: tuple[float, ...]) -> Boundary:
+    boundary = config.boundary
+    normaliser = _choice("boundary.normaliser", boundary.normaliser, BOUNDARY_NORMALISERS)
+    times = _choice("boundary.times", boundary.times, CONSISTENCY_TIMES)
     low, high = config.dynamics.tau_low, config.dynamics.tau_high
-    return Boundary(normaliser, config.boundary.consistency, config.boundary.jump, low, high)
+    return Boundary(normaliser, boundary.consistency, boundary.jump, low, high, grid if times == "grid" else ())
 
 
 def _gan_spec(config: Any, denoiser: Denoiser, optimiser: Callable[[Any], Any]) -> GanSpec | None:

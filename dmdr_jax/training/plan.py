@@ -39,6 +39,7 @@ class MethodPlan:
       shared_start: the rollouts of a group start from one noise.
       policy_kernel: of the stored rollouts; None: the student's own.
       policy_steps: how many stochastic steps of a rollout get a policy gradient, drawn anew each time; 0: all.
+      steps_of: "batch", the same steps for all prompts, or "prompt", each one's own.
       shared_noise: the other steps share their noise within a group (SubGRPO).
       density: "gaussian", or "rtdmd" for log-probabilities without 1 / (2 std^2).
       kl_form: "gaussian", or "flow_grpo" for a KL over s^2 in place of s^2 |dt|.
@@ -62,6 +63,7 @@ class MethodPlan:
     shared_start: bool = False
     policy_kernel: Kernel | None = None
     policy_steps: int = 0
+    steps_of: str = "batch"
     shared_noise: bool = False
     density: str = "gaussian"
     kl_form: str = "gaussian"

@@ -60,7 +60,8 @@ def roll_out(plan: Plan, needs: frozenset[str], student: Weights, cond: Conditio
         with_sample = FAKE_ON_ROLLOUT in needs and TARGETS not in needs
         given = simulation.student_input(output_fn, plan.denoiser.process, noise, key, with_sample, group, last)
         return Rollout(jax.lax.stop_gradient(given))
-    chosen = choose_steps(plan, keys("policy/steps")) if needs & {TRANSITIONS, PAIRS} else None
+    with_steps, prompts = needs & {TRANSITIONS, PAIRS}, cond.batch // group
+    chosen = choose_steps(plan, keys("policy/steps"), prompts) if with_steps else None
     step_keys = None
     if plan.method.shared_noise and chosen is not None:
         step_keys = group_keys(keys("policy/noise"), chosen, simulation.steps, cond.batch, group)
@@ -77,19 +78,28 @@ def start_noise(plan: Plan, key: Array, batch: int, group: int) -> Array:
     return jnp.broadcast_to(noise, (batch // group, group, *plan.latent_shape)).reshape(batch, *plan.latent_shape)
 
 
-def choose_steps(plan: Plan, key: Array) -> Array:
-    """The steps that get a policy gradient, ``[m]``: all stochastic ones, or a random subset in ascending order."""
+def choose_steps(plan: Plan, key: Array, prompts: int) -> Array:
+    """The steps that get a policy gradient, ``[prompts, m]``.
+
+    All stochastic ones, or a random subset in ascending order: one for all, or each prompt's own.
+    """
     stochastic = plan.simulation.steps - 1
     if plan.policy_steps == stochastic:
-        return jnp.arange(stochastic)
-    return jnp.sort(jax.random.permutation(key, stochastic)[: plan.policy_steps])
+        return jnp.broadcast_to(jnp.arange(stochastic), (prompts, stochastic))
+
+    def draw(key: Array) -> Array:
+        return jnp.sort(jax.random.permutation(key, stochastic)[: plan.policy_steps])
+
+    if plan.method.steps_of == "prompt":
+        return jax.vmap(lambda prompt: draw(jax.random.fold_in(key, prompt)))(jnp.arange(prompts))
+    return jnp.broadcast_to(draw(key), (prompts, plan.policy_steps))
 
 
 def group_keys(key: Array, chosen: Array, steps: int, batch: int, group: int) -> Array:
-    """Keys ``[steps, b]``: one per row at chosen steps, at the others one per group of rows."""
+    """Keys ``[steps, b]``: one per row at its prompt's ``chosen`` ``[b / group, m]``, else one per group of rows."""
     row = jnp.arange(batch)
-    own = (jnp.arange(steps)[:, None] == chosen[None]).any(1)
-    which = jnp.where(own[:, None], batch + row, row // group)
+    own = (jnp.arange(steps)[:, None, None] == chosen[row // group]).any(-1)
+    which = jnp.where(own, batch + row, row // group)
     step_keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(steps))
     return jax.vmap(lambda k, rows: jax.vmap(lambda r: jax.random.fold_in(k, r))(rows))(step_keys, which)
 
@@ -126,14 +136,18 @@ class _Steps(NamedTuple):
 
 
 def _stored_steps(plan: Plan, states: Array, chosen: Array) -> _Steps:
-    """Of states ``[K + 1, b, ...]``; the rows of a sample stay together, so that a split batch stays split."""
-    grid, batch = jnp.asarray(plan.simulation.grid, jnp.float32), states.shape[1]
+    """Of states ``[K + 1, b, ...]`` those at their prompts' ``chosen`` ``[prompts, m]``.
+
+    The rows of a sample stay together, so that a split batch stays split.
+    """
+    grid = jnp.asarray(plan.simulation.grid, jnp.float32)
+    chosen = jnp.repeat(chosen, states.shape[1] // chosen.shape[0], 0)
 
     def rows(steps: Array) -> Array:
-        picked = jnp.moveaxis(states[steps], 0, 1)
-        return picked.reshape(-1, *states.shape[2:])
+        return at_index(states, steps).reshape(-1, *states.shape[2:])
 
-    return _Steps(rows(chosen), rows(chosen + 1), jnp.tile(grid[chosen], batch), jnp.tile(grid[chosen + 1], batch))
+    times = (grid[steps].reshape(-1) for steps in (chosen, chosen + 1))
+    return _Steps(rows(chosen), rows(chosen + 1), *times)
 
 
 def _transition(plan: Plan, steps: _Steps, x0: Array) -> Transition:
@@ -158,7 +172,7 @@ def transitions(
     Args:
       reference: for the KL; one more pass, without gradient.
     """
-    m, b = rollout.chosen.shape[0], cond.batch
+    m, b = rollout.chosen.shape[1], cond.batch
     steps, rows = _stored_steps(plan, rollout.trajectory.states, rollout.chosen), repeat_rows(cond, m)
     x0 = plan.denoiser.x0(student, steps.z, steps.t, rows)
     kl = None
@@ -178,7 +192,7 @@ def pair_transitions(
     plan: Plan, rollout: Rollout, winners: Array, student: Weights, reference: Weights, cond: Conditioning
 ) -> Pairs:
     """Log-probabilities of each group's best and worst rollout; ``winners`` ``[prompts, 2]`` are their places."""
-    m, group = rollout.chosen.shape[0], plan.method.group
+    m, group = rollout.chosen.shape[1], plan.method.group
     states = take_pairs(rollout.trajectory.states, winners, group)
     steps, rows = _stored_steps(plan, states, rollout.chosen), repeat_rows(take_rows(cond, group, 2), m)
 

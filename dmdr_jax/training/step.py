@@ -288,7 +288,7 @@ def _updates(
         state, metrics = _update(plan, terms, mine, state, frozen, batch, keys_of(state, i))
         return (state, metrics.pop(_LOG_PROB, old_log_prob)), metrics
 
-    m = 0 if stored.rollout.chosen is None else stored.rollout.chosen.shape[0]
+    m = 0 if stored.rollout.chosen is None else stored.rollout.chosen.shape[1]
     start = state, jnp.zeros((batch.cond.batch, m))
     (state, _), metrics = jax.lax.scan(one, start, (jnp.arange(count), swept))
     return state, _mean(metrics)

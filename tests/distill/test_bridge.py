@@ -97,6 +97,21 @@ def test_times_are_above_the_boundary_and_inside_the_range():
     assert t[1].mean() == pytest.approx(0.755, abs=0.01)
 
 
+def test_the_consistency_terms_times():
+    """From t down by a jump; or between neighbours of the student's grid, none of them below the latents' own time."""
+    t = jnp.linspace(0.05, 1.0, 500)
+    later = np.asarray(Boundary(max_jump=0.1).jump(jax.random.key(0), t))
+    assert (later < t).all() and (later >= np.maximum(t - 0.1 - 1e-6, 0.02)).all()
+
+    grid = (1.0, 0.9, 0.75, 0.5, 0.0)
+    s = np.repeat(np.array(grid[1:], np.float32), 200)
+    t, later = map(np.asarray, Boundary(grid=grid).neighbours(jax.random.key(1), jnp.asarray(s)))
+    pairs = {(1.0, 0.9), (0.9, 0.75), (0.75, 0.5), (0.5, 0.02)}  # not to 0, where there is nothing to estimate
+    for i, end in enumerate(grid[1:]):
+        found = {(round(float(a), 6), round(float(b), 6)) for a, b in zip(t[s == end], later[s == end])}
+        assert found == set(sorted(pairs, reverse=True)[: i + 1])
+
+
 def test_the_consistency_term_is_the_square_of_a_mean():
     """With independent steps the product is unbiased: it can be negative, the square of the mean cannot."""
 
@@ -121,13 +136,17 @@ def test_the_consistency_term_is_the_square_of_a_mean():
     assert float(got) == pytest.approx(mean_jump**2, abs=5e-3)
 
 
-def test_the_fake_loss_is_finite_and_moves_the_delta_alone():
+GRID = pytest.param((1.0, 0.95, 0.5, 0.0), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("grid", [(), GRID], ids=["renoised", "grid"])
+def test_the_fake_loss_is_finite_and_moves_the_delta_alone(grid):
     denoiser, base, delta = toy.networks()
     x_s, s = normal(30, (3, *toy.LATENT)), jnp.array([0.0, 0.5, 0.9])
     t = Boundary().times(jax.random.key(1), s)
 
     def loss(x, d):
-        settings = Kernel(1.0), Boundary()
+        settings = Kernel(1.0), Boundary(grid=grid)
         weights = Weights(base, d, 2.0)
         return bridge_loss(denoiser, weights, *settings, x, s, t, toy.cond(3, 0), jax.random.key(2))[0]
 

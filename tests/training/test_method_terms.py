@@ -82,7 +82,7 @@ MODES += [
         ("gdmd", {"gdmd__group": "fake"}),
         ("ddmd", {"split__schedule": "independent"}),
         ("ddmd", {"split__schedule": "cleaner"}),
-        ("rtdmd", {"boundary__normaliser": "estimate"}),
+        ("rtdmd", {"boundary__normaliser": "estimate", "boundary__times": "grid", "policy__steps_of": "prompt"}),
         ("dmdr_grpo", {"rollout__kernel": "flow_sde(0.7)"}),
     )
 ]

@@ -23,7 +23,7 @@ def data(keys):
 
 
 def test_steps_that_are_not_chosen_share_their_noise_within_a_group():
-    keys = rollouts.group_keys(jax.random.key(0), jnp.array([0, 2]), K, B, G)
+    keys = rollouts.group_keys(jax.random.key(0), jnp.array([[0, 2]] * 2), K, B, G)
     raw = data(keys)
     for k in range(K):
         distinct = len({tuple(row) for row in raw[k]})
@@ -35,12 +35,12 @@ def test_steps_that_are_not_chosen_share_their_noise_within_a_group():
 
 def test_with_all_steps_chosen_all_noise_is_independent():
     """SubGRPO with every step is GRPO: each row and step has a key of its own (and the loss's factor is 1)."""
-    keys = rollouts.group_keys(jax.random.key(0), jnp.arange(K), K, B, G)
+    keys = rollouts.group_keys(jax.random.key(0), jnp.array([range(K)] * 2), K, B, G)
     assert len({tuple(row) for row in data(keys).reshape(K * B, -1)}) == K * B
 
 
 def test_a_rollout_is_replayed_from_its_keys():
-    keys = rollouts.group_keys(jax.random.key(1), jnp.array([1]), K, B, G)
+    keys = rollouts.group_keys(jax.random.key(1), jnp.array([[1], [2]]), K, B, G)
     noise = jax.random.normal(jax.random.key(2), (B, 1, 1, 2))
     kernel = Simulation("cps(0.9)", GRID).kernel
     output = lambda z, t: jnp.sin(z) * t
@@ -54,10 +54,14 @@ def test_the_chosen_steps_are_a_subset_of_the_stochastic_ones():
     simulation = Simulation("renoise", GRID)
     method = dataclasses.replace(plan.method, policy_steps=2)
     some = dataclasses.replace(plan, simulation=simulation, method=method)
-    drawn = {tuple(np.asarray(rollouts.choose_steps(some, jax.random.key(i)))) for i in range(40)}
-    assert drawn == {(0, 1), (0, 2), (1, 2)}
+    drawn = [np.asarray(rollouts.choose_steps(some, jax.random.key(i), 5)) for i in range(40)]
+    assert {tuple(row) for rows in drawn for row in rows} == {(0, 1), (0, 2), (1, 2)}
+    assert all((rows == rows[0]).all() for rows in drawn)
+    own = dataclasses.replace(some, method=dataclasses.replace(method, steps_of="prompt"))
+    drawn = np.asarray(rollouts.choose_steps(own, jax.random.key(0), 40))
+    assert {tuple(row) for row in drawn} == {(0, 1), (0, 2), (1, 2)}
     everything = dataclasses.replace(some, method=dataclasses.replace(method, policy_steps=0))
-    assert np.array_equal(rollouts.choose_steps(everything, jax.random.key(0)), [0, 1, 2])
+    assert np.array_equal(rollouts.choose_steps(everything, jax.random.key(0), 2), [[0, 1, 2]] * 2)
 
 
 def test_groups_have_one_prompt_one_index_and_if_wanted_one_start():
