@@ -188,7 +188,7 @@ def test_the_exported_folder_draws_exactly_our_student(trained, prompts_file, tm
 
 def test_the_exported_lora_draws_exactly_our_student(trained, prompts_file, tmp_path, capsys):
     kind, _, folder, run = trained
-    file = tmp_path / "student.safetensors"
+    file = tmp_path / "made" / "student.safetensors"
     args = export.parser().parse_args(["--checkpoint", str(run), "--out", str(file), "--lora"])
     if kind == "full":
         with pytest.raises(UserError, match="without --lora"):

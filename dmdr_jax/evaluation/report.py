@@ -36,7 +36,8 @@ def write_report(runs: epath.PathLike | Sequence[epath.PathLike], evaluation: Pa
     Raises:
       UserError: a run or the evaluation is not there, or neither is named.
     """
-    opened = [Run.read(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    read = map(Run.read, [runs] if isinstance(runs, str | os.PathLike) else runs)
+    opened = list({run.folder.resolve(): run for run in read}.values())  # each once
     results = evaluations.read(evaluation) if evaluation else None
     if not opened and results is None:
         raise UserError("name a run, or an evaluation with --evaluation, or both.")

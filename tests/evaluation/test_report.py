@@ -251,3 +251,8 @@ def test_alarms_of_several_runs_side_by_side(run, tmp_path):
     html = page([run, other], None, tmp_path)
     assert "Over-optimised at step 150" in html and "No alarm up to step 200" in html
     assert "Reward gap of the canaries" not in html and "Diversity of the canaries" in html  # of what is there
+
+
+def test_a_run_that_is_named_twice_is_one_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert "What differs" not in page([run, run.name, f"{run}/"], None, tmp_path)
