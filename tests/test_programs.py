@@ -282,7 +282,7 @@ def test_png_output_and_settings(folder, prompts_file, tmp_path):
     assert (tmp_path / "o" / "prompts.txt").read_text().splitlines() == PROMPTS
 
 
-@pytest.mark.parametrize("kernel", ["ode", "renoise"])
+@pytest.mark.parametrize("kernel", ["renoise", pytest.param("ode", marks=pytest.mark.slow)])
 def test_an_image_does_not_depend_on_its_batch(folder, prompts_file, tmp_path, kernel):
     for batch in (1, 3):
         argv = f"--model {folder} --prompts {prompts_file} --out {tmp_path / str(batch)} --steps 2 --height 16"

@@ -17,7 +17,7 @@ from dmdr_jax.evaluation.appearance import MEASURES, appearance, mean_colour
 from dmdr_jax.evaluation.images import to_uint8
 from dmdr_jax.evaluation.overoptimisation import HELD_OUT, TRAINED, Observation
 from dmdr_jax.rewards.base import Reward
-from dmdr_jax.rewards.clip_reward import ClipReward, embed_pixels
+from dmdr_jax.rewards.clip_reward import ClipReward
 from dmdr_jax.rewards.feature_cache import FeatureCache
 from dmdr_jax.shapes.diversity import frechet_features
 
@@ -76,9 +76,8 @@ def measure(
 
 def clip_features(reward: ClipReward, images: np.ndarray) -> np.ndarray:
     """Unit features ``[n, d]`` of a CLIP's image tower."""
-    embed = jax.jit(lambda params, x: embed_pixels(reward.vision, params, reward.preprocess(x)))
     lots = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-    return np.concatenate([np.asarray(embed(reward.params, jnp.asarray(lot)), np.float64) for lot in lots])
+    return np.concatenate([np.asarray(reward.image_features(jnp.asarray(lot)), np.float64) for lot in lots])
 
 
 def spread(features: np.ndarray, prompts: Sequence[str]) -> float:

@@ -166,9 +166,17 @@ class ClipReward(TowerScorer):
             return features
         return contrast.contrasted(features.reshape(-1, 2, features.shape[-1]), self.spec.contrast)
 
+    def image_features(self, images: Array) -> Array:
+        """Unit features `[b, d]`, fp32, of images `[b, h, w, 3]` in [0, 1]; compiled once."""
+        return self._embed_images(self.params, images)
+
     @functools.cached_property
     def _embed_texts(self) -> Callable:
         return jax.jit(functools.partial(embed_texts, self.text))
+
+    @functools.cached_property
+    def _embed_images(self) -> Callable:
+        return jax.jit(lambda params, images: embed_pixels(self.vision, params, self.preprocess(images)))
 
 
 def load_clip_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = False) -> ClipReward:

@@ -178,6 +178,7 @@ def test_pairs_are_what_diffusers_draws_of_the_same_noise(run):
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("run", ["sd3_no_t5", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_one_call_of_the_student_approaches_the_whole_ode(run):
     """On the pairs it was fitted to, drawn as it will be drawn, its average."""
     steps, left = (80, 0.15) if run.kind == "sd3_no_t5" else (20, 0.7)  # whose steps cost ten times as much

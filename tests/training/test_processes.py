@@ -112,20 +112,15 @@ def assert_same_losses(workdir: Path, other: Path) -> None:
 
 
 def test_two_processes_train_as_one(train, tmp_path):
-    """Equal losses on one device, on two, and on two processes with four each, which go on from the one's checkpoint.
+    """Equal losses on one device and on two processes with four each, which go on from the one's checkpoint.
 
     The other way round: `test_checkpoints_of_two_processes_restore_in_one_and_back`.
     """
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     train(1, whole, 3, every=1, images=0, devices=1).check()
-    for folder in (tmp_path / "pair", changing):
-        shutil.copytree(whole, folder)
-        for step in (2, 3):
-            shutil.rmtree(folder / "checkpoints" / str(step))
-    pair = train(1, tmp_path / "pair", 3, images=0, devices=2)
-    pair.check()
-    assert "2 cpu device(s)" in pair.text()
-    assert_same_losses(tmp_path / "pair", whole)
+    shutil.copytree(whole, changing)
+    for step in (2, 3):
+        shutil.rmtree(changing / "checkpoints" / str(step))
     group = train(2, changing, 3)
     group.check()
     assert "8 cpu device(s) of 2 processes" in group.text()
@@ -135,6 +130,16 @@ def test_two_processes_train_as_one(train, tmp_path):
     trees, meta = load_trained(changing, FIELDS)
     expected, _ = load_trained(whole, FIELDS)
     assert meta["step"] == 3 and int(trees["inner"]) == int(expected["inner"])
+
+
+@pytest.mark.slow
+def test_two_and_eight_devices_train_as_one(train, tmp_path):
+    """Of one process; pytest -m slow tests/training/test_processes.py: a minute of one core."""
+    for devices in (1, 2, 8):
+        group = train(1, tmp_path / str(devices), 3, images=0, devices=devices)
+        group.check()
+        assert f"{devices} cpu device(s)" in group.text()
+        assert_same_losses(tmp_path / str(devices), tmp_path / "1")
 
 
 @pytest.mark.slow
@@ -277,7 +282,7 @@ def test_an_error_in_one_process_ends_both(tmp_path):
 def test_a_death_is_noticed_without_a_word(tmp_path, victim):
     """By a process that is busy with something else, as one that waits for its devices is."""
     body = f"""
-        with runtime.joined(heartbeat=10):
+        with runtime.joined(heartbeat=5):
             if jax.process_index() == {victim}:
                 os.kill(os.getpid(), 9)
             time.sleep(300)

@@ -19,7 +19,7 @@ from tests.training import tiny
 from tests.training.conftest import leaves_equal
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def run(request, teacher, prompts_file, reward_folder):
     config = tiny.config(teacher, prompts_file, generator__kind=request.param)
     with config.unlocked():
