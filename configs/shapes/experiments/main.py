@@ -4,10 +4,10 @@ Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/main.
           main.py:sdxl and main.py:sdxl_1step are the same for the SDXL-shaped teacher, with 4 steps and with 1.
 
 Equal generator updates for all; DMD then reward spends half of them on each. The paper's Table 1 and Figure 10. DMDR,
-which still learns after 500 updates, is trained for twice as long as well.
+which still learns after 500 updates, is trained for twice as long as well, the SD3 shape's for four times as long.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmdr_jax.experiments.spec import Along, Bars, Curves, Experiment, Pareto, Row, arguments_of
@@ -16,6 +16,7 @@ TEACHER = dict(steps=25, guidance=3)  # 50 network evaluations
 UPDATES = 500
 EVERY = 50  # updates between checkpoints, each of which is evaluated
 RAMP = 20  # updates over which a reward sets in
+LONGER = (("dmdr_twice", "DMDR, twice as long", 2), ("dmdr_four_times", "DMDR, four times as long", 4))
 
 REWARDS = {"shapes_clip": 1.0, "shapes_hps": 0.3}  # and their weights, as configs/shapes/sd3.py has them
 SHAPES = {
@@ -37,17 +38,23 @@ def rewards_from(step: int, ramp: int = RAMP) -> dict[str, int]:
 
 
 def get_experiment(shape: str = "sd3") -> Experiment:
-    return make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, twice=True)
+    longer = LONGER if shape == "sd3" else LONGER[:1]
+    return make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, longer)
 
 
 def make(
-    name: str, shape: str, updates: int, every: int, settings: Mapping[str, Any], twice: bool = False
+    name: str,
+    shape: str,
+    updates: int,
+    every: int,
+    settings: Mapping[str, Any],
+    longer: Sequence[tuple[str, str, int]] = (),
 ) -> Experiment:
     """The experiment at a length of one's own.
 
     Args:
       settings: of every trained row.
-      twice: a row of DMDR that goes on for as long again.
+      longer: rows of DMDR that each go on from the one before: label, title, and how many times ``updates`` in all.
     """
     config, model, steps = SHAPES[shape]
     switch = updates // 2
@@ -67,9 +74,9 @@ def make(
         ),
         Row("dmdr", "DMDR", config=config, overrides=common),
     )
-    more = common | {"steps": 2 * updates}
-    longer = (Row("dmdr_twice", "DMDR, twice as long", config=config, overrides=more, after="dmdr"),) if twice else ()
-    rows += longer
+    for label, title, times in longer:
+        more = common | {"steps": times * updates}
+        rows += (Row(label, title, config=config, overrides=more, after=rows[-1].label),)
     measures = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
     return Experiment(
         name=name,
@@ -85,7 +92,7 @@ def make(
             ("dmd", "teacher"),
             ("dmd_then_reward", "dmd"),
             ("reward", "teacher"),
-            *((row.label, other) for row in longer for other in ("teacher", "dmdr")),
+            *((label, other) for label, _, _ in longer for other in ("teacher", "dmdr")),
         ),
         tasks=True,
         figures=(
