@@ -68,5 +68,5 @@ def check_ranges(config: Any) -> None:
             if value is not None and not holds(value):
                 raise UserError(f"config.{key} {told}, and is {value}.")
     low, high = config.dynamics.tau_low, config.dynamics.tau_high
-    if low >= high:
-        raise UserError(f"config.dynamics.tau_low must be below tau_high, {high}, and is {low}.")
+    if low > high:
+        raise UserError(f"config.dynamics.tau_low must not be above tau_high, {high}, and is {low}.")

@@ -160,7 +160,7 @@ def test_generator_turns_are_counted_as_the_authors_do():
         ({"student__shift": 0.0}, "config.student.shift must be above 0"),
         ({"ema": 1.5}, "config.ema must be at least 0 and below 1"),
         ({"dynamics__tau_high": 1.1}, "config.dynamics.tau_high must lie between 0 and 1"),
-        ({"dynamics__tau_low": 0.99}, r"config.dynamics.tau_low must be below tau_high, 0\.98, and is 0\.99"),
+        ({"dynamics__tau_low": 0.99}, r"config.dynamics.tau_low must not be above tau_high, 0\.98, and is 0\.99"),
     ],
 )
 def test_bad_settings_are_one_clear_sentence(teacher, prompts_file, change, message):
