@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dmdr_jax.accelerators import quiet_libtpu
 from dmdr_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run(
     try:
         given = parser.parse_args(argv) if parser else parse_flags(argv)
         _quiet_libraries()
+        quiet_libtpu()
         status = main(given) or 0
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

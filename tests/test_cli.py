@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from dmdr_jax import cli, config_help
+from dmdr_jax import accelerators, cli, config_help
 from dmdr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -291,3 +291,12 @@ def test_help_of_every_program_loads_no_jax(name):
     assert result.returncode == 0 and result.stdout.strip()
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert "dmdr_jax" in imported and not imported & {"jax", "flax", "orbax", "transformers", "clu"}
+
+
+@pytest.mark.skipif(not accelerators.has_libtpu() or accelerators.has_tpu(), reason="of libtpu where there is no TPU")
+def test_libtpu_is_quiet_where_there_is_no_tpu():
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
+    program = "from dmdr_jax.accelerators import quiet_libtpu; quiet_libtpu(); import jax; print(jax.devices()[0])"
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and "TPU" not in done.stderr

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmdr_jax.accelerators import has_libtpu
 from dmdr_jax.errors import UserError
 from dmdr_jax.planning import runner, table, topology
 from dmdr_jax.planning.judge import Answer
@@ -29,7 +30,7 @@ def run(
     Raises:
       UserError: something that was asked for is refused.
     """
-    compiled = compile_it and runner.has_libtpu()
+    compiled = compile_it and has_libtpu()
     counts = [_number("--images_per_chip", text) for text in images]
     base = Request(config, tuple(overrides), "", 0, compiled)
     if sweeping:

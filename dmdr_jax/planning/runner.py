@@ -1,6 +1,5 @@
 """Surveys in processes of their own, as many at a time as there are cores for."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,10 +17,6 @@ from dmdr_jax.planning.survey import ENVIRONMENT
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 2
 TIMEOUT = 3600
-
-
-def has_libtpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None
 
 
 def answer(request: Request) -> Answer:

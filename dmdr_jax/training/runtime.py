@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
-import importlib.util
 import json
 import os
 import signal
@@ -30,6 +28,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dmdr_jax.accelerators import has_tpu
 from dmdr_jax.errors import UserError
 from dmdr_jax.workdir import COMPILED
 
@@ -125,11 +124,6 @@ def cluster_size(environ: Mapping[str, str]) -> int:
     if not hosts and has_tpu() and "TPU_SKIP_MDS_QUERY" not in environ:
         hosts, slices = tpu_metadata("worker-network-endpoints", environ), slices or _slices(environ)
     return len(hosts.split(",")) * int(slices or 1) if hosts else 1
-
-
-def has_tpu() -> bool:
-    """Whether this machine is a TPU VM."""
-    return bool(importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
 
 
 def tpu_metadata(key: str, environ: Mapping[str, str]) -> str | None:
