@@ -164,6 +164,8 @@ def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
 class Progress:
     """Where a run is, on the console: a bar on a terminal, elsewhere a line now and then.
 
+    The first step of a stage, in which its program is compiled, says nothing of the rate and is left out of it.
+
     Args:
       total: steps of the whole run.
       initial: steps done before this start, when resuming.
@@ -192,6 +194,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=initial, file=self._stream, unit=unit, dynamic_ncols=True)
         self._step = self._printed_step = initial
         self._printed_at = clock()
+        self._known_stage: str | None = None
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """`step` steps are done; `metrics` are the latest numbers, on the host already."""
@@ -201,9 +204,11 @@ class Progress:
             self._bar.set_description(stage or None, refresh=False)
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._step)
+        elif stage != self._known_stage and step != self._total:
+            self._first(step, stage, shown)
         elif self._clock() - self._printed_at >= self._every or step == self._total:
             self._print(step, stage, shown)
-        self._step = step
+        self._step, self._known_stage = step, stage
 
     def advance(self, steps: int) -> None:
         """So many more steps are done."""
@@ -227,13 +232,21 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _first(self, step: int, stage: str, shown: str) -> None:
+        seconds = self._clock() - self._printed_at
+        if seconds >= self._every:
+            self._line(stage, step, f"{seconds:.0f} s with compiling", shown)
+        self._printed_step, self._printed_at = step, self._clock()
+
     def _print(self, step: int, stage: str, shown: str) -> None:
         seconds = self._clock() - self._printed_at
         rate = (step - self._printed_step) / seconds if seconds > 0 else 0.0
         eta = tqdm.format_interval((self._total - step) / rate) if rate > 0 else "?"
-        parts = [stage, f"{self._unit} {step}/{self._total}", _format_rate(rate, self._unit), f"ETA {eta}", shown]
-        self.note("  ".join(filter(None, parts)))
+        self._line(stage, step, _format_rate(rate, self._unit), f"ETA {eta}", shown)
         self._printed_step, self._printed_at = step, self._clock()
+
+    def _line(self, stage: str, step: int, *parts: str) -> None:
+        self.note("  ".join(filter(None, [stage, f"{self._unit} {step}/{self._total}", *parts])))
 
 
 def _format_rate(rate: float, unit: str) -> str:

@@ -162,15 +162,15 @@ class Clock:
 def test_lines_without_a_terminal():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(100, initial=10, show=("dm/score_gap", "reward"), every=10.0, stream=stream, clock=clock)
-    for step in range(11, 31):
-        clock.now += 1.0
+    for step in range(11, 32):
+        clock.now += 5.0 if step == 11 else 1.0
         progress.update(step, {"dm/score_gap": 0.123456, "reward": 2.0, "other": 1.0})
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "step 20/100  1.00 step/s  ETA 01:20  score gap 0.1235  reward 2",
-        "step 30/100  1.00 step/s  ETA 01:10  score gap 0.1235  reward 2",
+        "step 21/100  1.00 step/s  ETA 01:19  score gap 0.1235  reward 2",
+        "step 31/100  1.00 step/s  ETA 01:09  score gap 0.1235  reward 2",
     ]
-    clock.now += 280.0
+    clock.now += 276.0
     progress.update(100)
     progress.note("saved")
     progress.close()
@@ -202,7 +202,7 @@ def test_lines_say_the_stage_and_rewards_by_their_names():
             step, {"dm/score_gap": 0.2, "fake/loss": 0.8, **({"reward/aesthetic": 5.5} if step > 1 else {})}
         )
     assert stream.getvalue().splitlines() == [
-        "cold start  step 1/2  2.00 s/step  ETA 00:02  score gap 0.2  fake loss 0.8",
+        "cold start  step 1/2  2 s with compiling  score gap 0.2  fake loss 0.8",
         "joint stage  step 2/2  2.00 s/step  ETA 00:00  score gap 0.2  fake loss 0.8  aesthetic 5.5",
     ]
 
