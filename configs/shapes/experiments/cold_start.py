@@ -45,6 +45,8 @@ def get_experiment() -> Experiment:
             *((label, "vanilla") for label in (*dynamic, "hold", "above_20", "above_40")),
             ("both", "no_decay"),
             ("dg_hold", "both"),
+            ("hold", "rs"),
+            ("dg_hold", "hold"),
         ),
         figures=(
             Bars(("strict", "judge/shapes_judge", "background_entropy"), tuple(KINDS)),
