@@ -293,10 +293,15 @@ def test_help_of_every_program_loads_no_jax(name):
     assert "dmdr_jax" in imported and not imported & {"jax", "flax", "orbax", "transformers", "clu"}
 
 
-@pytest.mark.skipif(not accelerators.has_libtpu() or accelerators.has_tpu(), reason="of libtpu where there is no TPU")
-def test_libtpu_is_quiet_where_there_is_no_tpu():
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
+@pytest.mark.skipif(not accelerators.has_libtpu() or accelerators.may_have_tpu(), reason="of libtpu without a TPU")
+def test_libtpu_is_quiet_where_there_is_no_tpu(monkeypatch):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": str(ROOT)}
     program = "from dmdr_jax.accelerators import quiet_libtpu; quiet_libtpu(); import jax; print(jax.devices()[0])"
-    line = [sys.executable, "-c", program]
-    done = subprocess.run(line, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and "TPU" not in done.stderr
+
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name in accelerators.NO_TPU:  # for `monkeypatch` to put back what there was
+        monkeypatch.setenv(name, "of this machine")
+    accelerators.quiet_libtpu()  # the environment knows of a TPU
+    assert {os.environ[name] for name in accelerators.NO_TPU} == {"of this machine"}
