@@ -7,6 +7,8 @@ from pathlib import Path
 
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 """What libtpu would ask the network for; any values will do."""
+OF_JAX = ("TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION")
+"""What JAX sets itself when it is imported, for its children to inherit."""
 GOOGLE = "0x1ae0"
 """The vendor of TPUs on the PCI bus, and of some network cards."""
 
@@ -24,7 +26,8 @@ def has_tpu() -> bool:
 def may_have_tpu() -> bool:
     """Whether anything at all speaks for a TPU: a device, a Google card on the bus, a variable of the environment."""
     vendors = (Path(file).read_text().strip() for file in glob.glob("/sys/bus/pci/devices/*/vendor"))
-    return has_tpu() or GOOGLE in vendors or any(name.startswith("TPU_") for name in os.environ)
+    told = any(name.startswith("TPU_") and name not in OF_JAX for name in os.environ)
+    return has_tpu() or GOOGLE in vendors or told
 
 
 def quiet_libtpu() -> None:

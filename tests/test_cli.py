@@ -295,7 +295,9 @@ def test_help_of_every_program_loads_no_jax(name):
 
 @pytest.mark.skipif(not accelerators.has_libtpu() or accelerators.may_have_tpu(), reason="of libtpu without a TPU")
 def test_libtpu_is_quiet_where_there_is_no_tpu(monkeypatch):
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": str(ROOT)}
+    of_jax = {k: v for k, v in os.environ.items() if k in accelerators.OF_JAX} | {"TPU_SKIP_MDS_QUERY": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")} | of_jax
+    environment |= {"PYTHONPATH": str(ROOT)}
     program = "from dmdr_jax.accelerators import quiet_libtpu; quiet_libtpu(); import jax; print(jax.devices()[0])"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and "TPU" not in done.stderr
