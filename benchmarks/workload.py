@@ -83,7 +83,9 @@ def abstract_run(workload: Workload, mesh: Any = None, **changes: Any) -> Any:
     """The run as shapes, its text tokens all there: PyTorch's networks know no key that counts for several."""
     from dmdr_jax.training.abstract import AbstractRun
 
-    run = AbstractRun.of(workload.config(**changes), mesh)
+    config = workload.config(**changes)
+    run = AbstractRun.of(config)
+    run = run if mesh is None else run.attending(config, mesh)
     frozen = run.frozen.replace(uncond=run.frozen.uncond.replace(key_bias=None), vae={})
     return dataclasses.replace(run, frozen=frozen, batch=run.batch.replace(cond=run.batch.cond.replace(key_bias=None)))
 

@@ -16,6 +16,7 @@ from dmdr_jax.diffusion.kernels import Kernel, parse_kernel
 from dmdr_jax.diffusion.process import VariancePreserving
 from dmdr_jax.errors import UserError
 from dmdr_jax.model import Model
+from dmdr_jax.training import disk
 
 LOADING = """import torch
 from diffusers import {pipeline}
@@ -70,10 +71,7 @@ def export_lora(model: Model, out: str, dtype: str | None, kernel: str | None, o
         raise UserError(f"{out} exists: give another name or --overwrite.")
     scheduler, call = sampler_settings(model, kernel)
     stored = np.dtype(jnp.dtype(dtype or "float32"))
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}.") from None
+    disk.make_folder(Path(out).parent)
     write_lora(out, model.weights.lora, model.weights.lora_scale, stored, model.pipeline.denoiser)
     settings = {k: v for k, v in scheduler.items() if not k.startswith("_")}
     return (

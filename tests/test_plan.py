@@ -1,7 +1,6 @@
 """`python -m dmdr_jax.plan`: its answers by arithmetic, and those of libtpu's compiler where it is installed."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from dmdr_jax.accelerators import has_libtpu
 from dmdr_jax.errors import UserError
 from dmdr_jax.planning import command, judge, runner, sweep, table, topology
 from dmdr_jax.planning.request import FAKE, GENERATOR, Facts, Program, Request
 
 ROOT = Path(__file__).parents[1]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed")
 
 SD3_FULL = ("generator.kind=full", "height=512", "width=512")
 SD3_SIZE = 2_028_328_000  # trained parameters of SD3-Medium's transformer

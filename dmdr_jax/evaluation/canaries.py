@@ -38,11 +38,11 @@ def apart(reward: Reward, to_host: bool = False) -> Reward:
     """A reward whose cache of texts is its own, so that watching changes nothing in training.
 
     Args:
-      to_host: its weights wait in the host's memory and are on a device only while it scores. Where they are those of
-        several hosts all processes call, and each can then score by itself.
+      to_host: its weights wait in the host's memory and are on a device only while it scores. So they do in a run of
+        several processes, which all call, for each to score by itself.
     """
     changes: dict[str, Any] = {"cache": FeatureCache()} if isinstance(reward, ClipReward) else {}
-    if to_host:
+    if to_host or jax.process_count() > 1:
         names = [name for name in ("params", "text_params") if hasattr(reward, name)]
         changes |= {name: jax.tree.map(on_host, getattr(reward, name)) for name in names}
     return dataclasses.replace(reward, **changes)  # type: ignore[type-var]

@@ -6,8 +6,8 @@ from typing import Any
 
 from dmdr_jax.evaluation.canaries import DIVERSITY, GAP
 from dmdr_jax.evaluation.curves import Series, line_chart, series_of
-from dmdr_jax.evaluation.runs import Run, active_rewards
-from dmdr_jax.evaluation.sections import flat, section, series_key
+from dmdr_jax.evaluation.runs import Run, active_rewards, flat
+from dmdr_jax.evaluation.sections import section, series_key
 from dmdr_jax.evaluation.watched import sentence, state
 
 METRICS = {"dm/score_gap": "Score gap", "fake/loss": "Loss of the fake score"}

@@ -21,8 +21,8 @@ from dmdr_jax.evaluation.comparison import compare_runs
 from dmdr_jax.evaluation.curves import Series, line_chart, series_of
 from dmdr_jax.evaluation.journal import write_text
 from dmdr_jax.evaluation.pictures import previews
-from dmdr_jax.evaluation.runs import Run, active_rewards
-from dmdr_jax.evaluation.sections import Results, details, flat, page, section, sections_of, series_key
+from dmdr_jax.evaluation.runs import Run, active_rewards, flat
+from dmdr_jax.evaluation.sections import Results, details, page, section, sections_of, series_key
 from dmdr_jax.evaluation.watched import watched
 from dmdr_jax.workdir import SAMPLES
 

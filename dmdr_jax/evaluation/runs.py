@@ -53,3 +53,11 @@ class Run:
 def active_rewards(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The rewards that have a weight."""
     return {name: reward for name, reward in config["rewards"].items() if reward["weight"]}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

@@ -202,11 +202,3 @@ def details(title: str, items: Mapping[str, Any]) -> str:
     """Settings, a line each, folded away."""
     text = "\n".join(f"{key} = {value}" for key, value in items.items())
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found

@@ -66,24 +66,29 @@ def _sweep_kind(
     if not compiled:
         yield from estimates[:1]
         return
-    tries = 0
+    left = iter(range(TRIES))
     for place in dict.fromkeys(estimate.facts.topology for estimate in estimates):
         counts = sorted({int(e.images_per_chip) for e in estimates if e.facts.topology == place}, reverse=True)
         fits = False
-        for count in dict.fromkeys((counts[0], counts[-1], *counts[1:-1])):
-            if tries == TRIES:
-                return
-            tries += 1
-            try:
-                real = ask(dataclasses.replace(request, topology=place, images_per_chip=count))
-            except UserError:
-                continue
-            yield real
-            green = real.verdict == GREEN
-            if green and count != counts[-1]:
-                return
-            if not green and count == counts[-1]:
-                break
-            fits |= green
+        for answer in _sweep_slice(dataclasses.replace(request, topology=place), counts, ask, left):
+            yield answer
+            fits |= answer.verdict == GREEN
         if fits:
+            return
+
+
+def _sweep_slice(
+    request: Request, counts: Sequence[int], ask: Callable[[Request], Answer], left: Iterator[int]
+) -> Iterator[Answer]:
+    """A slice with so many images on a chip (descending): the most, the fewest, those between; ``left`` are tries."""
+    for count in dict.fromkeys((counts[0], counts[-1], *counts[1:-1])):
+        if next(left, None) is None:
+            return
+        try:
+            answer = ask(dataclasses.replace(request, images_per_chip=count))
+        except UserError:
+            continue
+        yield answer
+        # Settled by the fewest that do not fit, and by any more that do.
+        if (answer.verdict == GREEN) != (count == counts[-1]):
             return

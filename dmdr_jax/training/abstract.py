@@ -56,11 +56,8 @@ class AbstractRun:
     pipeline: Pipeline
 
     @classmethod
-    def of(cls, config: Any, mesh: jax.sharding.Mesh | None = None) -> "AbstractRun":
-        """The run of a configuration; every reward with a weight is taken for a `CLIP_H14`.
-
-        Args:
-          mesh: whose devices' attention kernel the networks use; None: plain attention.
+    def of(cls, config: Any) -> "AbstractRun":
+        """The run of a configuration, with plain attention; every reward with a weight is taken for a `CLIP_H14`.
 
         Raises:
           UserError: the configuration is refused, as by the training program.
@@ -88,8 +85,7 @@ class AbstractRun:
         batch = Batch(cond, {reward.spec.name: text for reward in rewards})
         if config.encode_once:
             pipeline.params = {name: tree for name, tree in pipeline.params.items() if not is_text_encoder(name)}
-        run = cls(plan, terms, state, frozen, batch, pipeline)
-        return run if mesh is None else run.attending(config, mesh)
+        return cls(plan, terms, state, frozen, batch, pipeline)
 
     def attending(self, config: Any, mesh: jax.sharding.Mesh) -> "AbstractRun":
         """The same run, whose networks use the attention kernel of the mesh's devices. No shape depends on that."""

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -65,7 +64,7 @@ def _measure(drawing: Preview, rewards: Sequence[Reward], file: epath.Path, know
     """All processes draw the teacher's images, the first one scores them, and all get its numbers."""
     with Progress(len(drawing.prompts), unit="image", stage=lambda _: "teacher's scores") as progress:
         images = drawing.draw_teacher(progress.advance)
-    scores, scorers = {}, [apart(reward, to_host=jax.process_count() > 1) for reward in rewards]
+    scores, scorers = {}, list(map(apart, rewards))
     if runtime.is_first():
         scores = {r.spec.name: r.score_prompts(images, drawing.prompts, BATCH).tolist() for r in scorers}
         document = {"known_as": known_as, "prompts": drawing.prompts, "scores": scores}

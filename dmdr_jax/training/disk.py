@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from dmdr_jax.errors import UserError
+from dmdr_jax.errors import UserError, causes
 
 STORE = "gs://"
 """The object store, where a file is written once and whole: it cannot grow, and has its name when it is there."""
@@ -28,13 +28,10 @@ _PASSING = ("unavailable", "deadline", "timed out", "timeout", "connection", "tr
 
 def passes(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, is of the network and not of what was read or written."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, ConnectionError | TimeoutError) or any(word in str(error).lower() for word in _PASSING):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(one, ConnectionError | TimeoutError) or any(word in str(one).lower() for word in _PASSING)
+        for one in causes(error)
+    )
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -103,12 +100,9 @@ def writing(what: str, kept: Callable[[], str] = str) -> Iterator[None]:
 
 def _why(error: BaseException | None) -> str | None:
     """The reason, when `error` or one of its causes came from the file system."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError):
-            return _FULL.get(error.errno or 0) or error.strerror or str(error)
-        if any(text in str(error).lower() for text in _FULL_TEXTS):
+    for one in causes(error):
+        if isinstance(one, OSError):
+            return _FULL.get(one.errno or 0) or one.strerror or str(one)
+        if any(text in str(one).lower() for text in _FULL_TEXTS):
             return _FULL[errno.ENOSPC]
-        error = error.__cause__ or error.__context__
     return None

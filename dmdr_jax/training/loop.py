@@ -18,7 +18,7 @@ from dmdr_jax.data.survey import Survey, survey_large
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.text import Text, encode_uncond, read_text, text_params, tokenize
 from dmdr_jax.evaluation.environment import command, commit, versions
-from dmdr_jax.evaluation.sections import flat
+from dmdr_jax.evaluation.runs import flat
 from dmdr_jax.objectives.base import Term, active_terms, separate_fake_updates, stage
 from dmdr_jax.rewards.base import Reward
 from dmdr_jax.training import calibration, disk, mesh_choice, ode, runtime, setup

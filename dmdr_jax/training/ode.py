@@ -42,6 +42,7 @@ from dmdr_jax.training.metrics import MetricWriter, Progress
 from dmdr_jax.training.ode_pairs import PairStore
 from dmdr_jax.training.plan import Batch, Frozen, Plan, generator_weights
 from dmdr_jax.training.preview import Preview
+from dmdr_jax.training.programs import update_program
 from dmdr_jax.training.reporting import report, save
 from dmdr_jax.training.state import ema_update
 from dmdr_jax.workdir import CHECKPOINTS, ODE
@@ -291,9 +292,7 @@ def regress(
 ) -> OdeState:
     """From ``state`` to ``config.ode.steps`` updates or to where it is stopped, with checkpoints and curves."""
     start, steps = int(state.step), config.ode.steps
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    update = pairs.layout.on_mesh(partial(ode_step, stage))
-    update = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
+    update = update_program(partial(ode_step, stage), pairs.layout, state)
     order = PromptStream(pairs.prompts, config.ode.batch, config.seed)  # of the pairs, as of a run's prompts
     with (
         MetricWriter(pairs.store.folder, start) as writer,

@@ -29,7 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dmdr_jax.accelerators import has_tpu
-from dmdr_jax.errors import UserError
+from dmdr_jax.errors import UserError, causes
 from dmdr_jax.workdir import COMPILED
 
 JOIN_SECONDS = 300
@@ -295,14 +295,10 @@ def _exit(status: int, text: str = "") -> NoReturn:
 
 def is_loss(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, says that other processes of the run are gone or out of reach."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen and jax.process_count() > 1:
-        seen.add(id(error))
-        text = str(error).lower()
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in _GONE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return jax.process_count() > 1 and any(
+        isinstance(one, jax.errors.JaxRuntimeError) and any(word in str(one).lower() for word in _GONE)
+        for one in causes(error)
+    )
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

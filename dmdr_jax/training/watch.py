@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -86,7 +85,7 @@ class Watch:
         scorers = [[r.spec.scorer for r in some] for some in (rewards, held_out)]
         asked = [*scorers, *canaries.LOOKS, config.model]
         known_as = key_of(drawing.prompts, str(drawing.teacher_recipe), asked, list(drawing.noise.shape))
-        trained = [canaries.apart(reward, to_host=jax.process_count() > 1) for reward in rewards]
+        trained = list(map(canaries.apart, rewards))
         thresholds = Thresholds(**{f.name: settings[f.name] for f in dataclasses.fields(Thresholds)})
         workdir = preview.folder.parent
         return cls(every, settings.stop, thresholds, drawing, trained, list(held_out), workdir, known_as)

@@ -6,7 +6,6 @@ is our part that is tested: what becomes of its arguments.
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dmdr_jax.accelerators import has_libtpu
 from dmdr_jax.errors import UserError
 from dmdr_jax.models.attention import PLAIN, AttentionKernel, attention, fitting_block, kernel_for
 
@@ -221,7 +221,7 @@ def test_each_device_attends_to_its_rows_or_queries():
     assert max(errors.values()) < 1e-4, errors
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler")
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu's compiler")
 @pytest.mark.parametrize(
     "topology",
     ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2"))],
