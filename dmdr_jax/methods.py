@@ -7,8 +7,10 @@ that the method does not read are refused when they are not the defaults: they w
 What the terms compute stands in `dmdr_jax.objectives`, how they are put together in `dmdr_jax.training.compose`.
 
 **Passes.** `Method.passes` is the hand count of network passes in one generator step, per row of the batch, with
-rewards active (`Passes`); K is the student's steps, G rows per prompt, M policy steps, U updates per rollout, S draws,
-E fake updates on the rollout. Fake updates in programs of their own are not in it.
+rewards active (`Passes`); `Method.cold_passes` that of the cold start. K is the student's steps, G rows per prompt, M
+policy steps, U updates per rollout, S draws, E fake updates on the rollout. The texts say it for U = 1: more updates
+on a rollout multiply the student's updates, the scores and the last step's reward gradient, nothing else (but for
+denoising DPO's reference, whose noise is new each time). Fake updates in programs of their own are not in it.
 """
 
 import dataclasses
@@ -79,6 +81,11 @@ class Passes:
     reward_gradient: float = 0.0
 
 
+def matching(n: Sizes) -> Passes:
+    """Distribution matching alone, which is also most methods' cold start."""
+    return Passes(student=n.K - 1, student_update=1, score=3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A preset.
@@ -86,6 +93,7 @@ class Method:
     Attributes:
       doc: what it is, which reading was taken, its passes.
       passes: the hand count.
+      cold_passes: the same before the first reward starts.
       settings: values of keys that are None in the configuration.
       groups: its own groups of keys.
       rewards: "none", "optional" or "required".
@@ -98,6 +106,7 @@ class Method:
     groups: tuple[str, ...] = ()
     rewards: str = "required"
     gradient: bool = False
+    cold_passes: Callable[[Sizes], Passes] = matching
 
 
 METHODS: dict[str, Method] = {
@@ -105,7 +114,7 @@ METHODS: dict[str, Method] = {
         """Distribution matching with backward simulation, and nothing else: no rewards, no dynamic cold start.
 
         Passes: K - 1 student forwards for the input, 1 student update, 3 score forwards.""",
-        lambda n: Passes(student=n.K - 1, student_update=1, score=3),
+        matching,
         {"dynamics.dg": 0.0, "dynamics.rs": "uniform"},
         rewards="none",
     ),
@@ -144,7 +153,7 @@ METHODS: dict[str, Method] = {
         The kernel is the student's own (renoise or cps): the published SDE leaves too much noise in four steps
         (`dmdr_jax.diffusion.kernels`; ``rollout.kernel="flow_sde(0.7)"`` has it).
         Passes: K student forwards, 1 + M student updates, 3 score forwards, 1 reward.""",
-        lambda n: Passes(student=n.K, student_update=1 + n.M, score=3, reward=1),
+        lambda n: Passes(student=n.K, student_update=n.U * (1 + n.M), score=3 * n.U, reward=1),
         {"group.size": 8},
         ("policy",),
     ),
@@ -156,7 +165,9 @@ METHODS: dict[str, Method] = {
         preference's gradient at an estimate is some 200 times distribution matching's until the clip stops it (both
         by their formulas, eight samples a prompt), so its weight is .01 here; ``dpo_only`` has 1.
         Passes: K + 2M/G student forwards, 1 + 2M/G student updates, 3 score forwards, 1 reward (denoising: M = 1).""",
-        lambda n: Passes(student=n.K + 2 * n.M / n.G, student_update=1 + 2 * n.M / n.G, score=3, reward=1),
+        lambda n: Passes(
+            student=n.K + 2 * n.M / n.G, student_update=n.U * (1 + 2 * n.M / n.G), score=3 * n.U, reward=1
+        ),
         {"group.size": 8, "dpo.weight": 0.01},
         ("dpo", "policy"),
     ),
@@ -175,6 +186,7 @@ METHODS: dict[str, Method] = {
         lambda n: Passes(student=n.K - 1, student_update=1, score=4, reward=1),
         {"dm.form": "split", "group.size": 8},
         ("augmentation",),
+        cold_passes=lambda n: Passes(student=n.K - 1, student_update=1, score=4),
     ),
     "gdmd": Method(
         """GDMD (2604.19009): rewards judge the implicit targets of distribution matching.
@@ -196,7 +208,7 @@ METHODS: dict[str, Method] = {
         Passes: renoise K - 1 student forwards, 1 student update, 3S score forwards; prompt the same with S = 1;
         scalar K student forwards, M student updates, 3S score forwards. With U > 1 updates per rollout the first two
         take K + U student forwards, U updates and U times the score forwards.""",
-        lambda n: Passes(student=n.K - 1, student_update=1, score=3 * n.S),
+        lambda n: Passes(student=n.K - 1 if n.U == 1 else n.K + n.U, student_update=n.U, score=3 * n.S * n.U),
         {"dynamics.dg": 0.0, "dynamics.rs": "uniform"},
         ("gndm", "policy"),
         rewards="none",
@@ -206,10 +218,14 @@ METHODS: dict[str, Method] = {
 
         ``policy.balance`` = 1: the policy gradient is scaled to the size of distribution matching's at the student's
         estimates, our reading of "adaptive weights".
-        Passes: K student forwards, 1 + M student updates, 3S score forwards, 1 reward (scalar: M updates).""",
-        lambda n: Passes(student=n.K, student_update=1 + n.M, score=3 * n.S, reward=1),
+        Passes: K student forwards, 1 + M student updates, 3S score forwards, 1 reward (scalar: M updates). With U > 1
+        updates per rollout U student forwards more, for the likelihood of the student's input.""",
+        lambda n: Passes(
+            student=n.K + (n.U if n.U > 1 else 0), student_update=n.U * (1 + n.M), score=3 * n.S * n.U, reward=1
+        ),
         {"dynamics.dg": 0.0, "dynamics.rs": "uniform", "group.size": 8, "policy.balance": 1.0},
         ("gndm", "policy"),
+        cold_passes=lambda n: Passes(student=n.K - 1, student_update=1, score=3 * n.S),
     ),
     "rtdmd": Method(
         """RTDMD (2605.26108): AC-DMD as the cold start, then SubGRPO and the last step's reward gradient.
@@ -224,7 +240,12 @@ METHODS: dict[str, Method] = {
         Passes, stage 2: K student forwards, 1 + M student updates, 3 score forwards, E fake updates of 3 forwards and
         backwards each (1 with ``boundary.consistency=0``), 1 reward, 1 reward with gradient.""",
         lambda n: Passes(
-            student=n.K, student_update=1 + n.M, score=3, fake_update=3 * n.E, reward=1, reward_gradient=1
+            student=n.K,
+            student_update=n.U * (1 + n.M),
+            score=3 * n.U,
+            fake_update=3 * n.E,
+            reward=1,
+            reward_gradient=n.U,
         ),
         {
             "dm.form": "boundary",
@@ -264,7 +285,7 @@ METHODS: dict[str, Method] = {
         """The paper's row "DPO only": DPO alone after the cold start, held by its reference.
 
         Passes: K + 2M/G student forwards, 2M/G student updates, 1 reward.""",
-        lambda n: Passes(student=n.K + 2 * n.M / n.G, student_update=2 * n.M / n.G, reward=1),
+        lambda n: Passes(student=n.K + 2 * n.M / n.G, student_update=n.U * 2 * n.M / n.G, reward=1),
         {"group.size": 8},
         ("dpo", "policy"),
     ),
@@ -272,7 +293,7 @@ METHODS: dict[str, Method] = {
         """The paper's row "GRPO only": GRPO alone after the cold start, with its KL term (Flow-GRPO's .04).
 
         Passes: K + M student forwards, M student updates, 1 reward.""",
-        lambda n: Passes(student=n.K + n.M, student_update=n.M, reward=1),
+        lambda n: Passes(student=n.K + n.M, student_update=n.U * n.M, reward=1),
         {"group.size": 8, "policy.kl": 0.04},
         ("policy",),
     ),

@@ -19,7 +19,6 @@ from dmdr_jax.objectives.base import (
     TARGETS,
     TRANSITIONS,
     PairErrors,
-    Pairs,
     Transitions,
     as_groups,
 )
@@ -164,20 +163,29 @@ def _density(plan: Plan, steps: _Steps, x0: Array) -> Array:
     return log_prob(mine, steps.z_next)
 
 
+def reference_x0(plan: Plan, rollout: Rollout, reference: Weights, cond: Conditioning) -> Array:
+    """The reference's estimates ``[b m, h, w, c]`` at the chosen steps, for the KL; one pass without gradient."""
+    steps, rows = _stored_steps(plan, rollout.trajectory.states, rollout.chosen), _chosen_rows(rollout, cond)
+    return jax.lax.stop_gradient(plan.denoiser.x0(reference, steps.z, steps.t, rows))
+
+
+def _chosen_rows(rollout: Rollout, cond: Conditioning) -> Conditioning:
+    return repeat_rows(cond, rollout.chosen.shape[1])
+
+
 def transitions(
-    plan: Plan, rollout: Rollout, student: Weights, reference: Weights | None, cond: Conditioning
+    plan: Plan, rollout: Rollout, student: Weights, theirs: Array | None, cond: Conditioning
 ) -> Transitions:
     """The chosen steps of a stored rollout as ``student`` sees them; one pass of b m rows with gradient.
 
     Args:
-      reference: for the KL; one more pass, without gradient.
+      theirs: the reference's estimates of them (`reference_x0`), for the KL.
     """
     m, b = rollout.chosen.shape[1], cond.batch
-    steps, rows = _stored_steps(plan, rollout.trajectory.states, rollout.chosen), repeat_rows(cond, m)
+    steps, rows = _stored_steps(plan, rollout.trajectory.states, rollout.chosen), _chosen_rows(rollout, cond)
     x0 = plan.denoiser.x0(student, steps.z, steps.t, rows)
     kl = None
-    if reference is not None:
-        theirs = jax.lax.stop_gradient(plan.denoiser.x0(reference, steps.z, steps.t, rows))
+    if theirs is not None:
         kl = gaussian_kl(_transition(plan, steps, x0), _transition(plan, steps, theirs))
         kl = (kl * (steps.t - steps.t_next) if plan.method.kl_form == "flow_grpo" else kl).reshape(b, m)
     slope = jax.grad(lambda x: _density(plan, steps, x).sum())(jax.lax.stop_gradient(x0))
@@ -188,18 +196,17 @@ def transitions(
     return Transitions(density, old, kl, x0.reshape(shape), slope.reshape(shape), scale)
 
 
-def pair_transitions(
-    plan: Plan, rollout: Rollout, winners: Array, student: Weights, reference: Weights, cond: Conditioning
-) -> Pairs:
-    """Log-probabilities of each group's best and worst rollout; ``winners`` ``[prompts, 2]`` are their places."""
+def pair_log_prob(plan: Plan, rollout: Rollout, winners: Array, weights: Weights, cond: Conditioning) -> Array:
+    """Log-probabilities ``[prompts, 2, m]`` of each group's best and worst rollout, one pass of 2 m rows a prompt.
+
+    Args:
+      winners: their places ``[prompts, 2]``.
+      weights: whose; the student's carry gradient.
+    """
     m, group = rollout.chosen.shape[1], plan.method.group
     states = take_pairs(rollout.trajectory.states, winners, group)
     steps, rows = _stored_steps(plan, states, rollout.chosen), repeat_rows(take_rows(cond, group, 2), m)
-
-    def density(weights: Weights) -> Array:
-        return _density(plan, steps, plan.denoiser.x0(weights, steps.z, steps.t, rows)).reshape(-1, 2, m)
-
-    return Pairs(density(student), jax.lax.stop_gradient(density(reference)))
+    return _density(plan, steps, plan.denoiser.x0(weights, steps.z, steps.t, rows)).reshape(-1, 2, m)
 
 
 def pair_errors(

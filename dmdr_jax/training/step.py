@@ -36,6 +36,7 @@ from dmdr_jax.objectives.base import (
     TARGETS,
     TRANSITIONS,
     Context,
+    Pairs,
     TargetGain,
     Term,
     as_groups,
@@ -61,8 +62,9 @@ from dmdr_jax.training.rollouts import (
     group_of,
     importance,
     pair_errors,
-    pair_transitions,
+    pair_log_prob,
     realise,
+    reference_x0,
     roll_out,
     start_noise,
     transitions,
@@ -127,6 +129,7 @@ def generator_step(
     student = generator_weights(plan, state.generator, frozen.base)
     stored = Stored(roll_out(plan, needs, student, batch.cond, keys_of(state)))
     stored = _judge_samples(plan, needs, stored, state, frozen, batch)
+    stored = _ask_reference(plan, needs, stored, state, frozen, batch)
     state, stored, metrics = _train_on_rollout(plan, needs, stored, state, frozen, batch)
 
     updates = plan.method.updates if needs & REUSE else 1
@@ -145,6 +148,8 @@ class Stored(NamedTuple):
     Attributes:
       sample_rewards: of the final samples, by name ``[b]``.
       winners: places ``[prompts, 2]`` of each group's best and worst.
+      reference_x0: the reference's estimates ``[b m, h, w, c]`` at the chosen steps.
+      reference_log_prob: its log-probabilities ``[prompts, 2, m]`` of best and worst.
       draws, target_rewards: of the implicit targets, stacked on a leading axis.
       old_x0, old_rewards: the student's x0 at its input and its rewards.
       spread: of reward gains, by name.
@@ -154,6 +159,8 @@ class Stored(NamedTuple):
     rollout: Rollout
     sample_rewards: dict[str, Array] | None = None
     winners: Array | None = None
+    reference_x0: Array | None = None
+    reference_log_prob: Array | None = None
     draws: DMDraw | None = None
     target_rewards: dict[str, Array] | None = None
     old_x0: Array | None = None
@@ -177,6 +184,21 @@ def _judge_samples(
     if needs & {PAIRS, DENOISING_PAIRS}:
         winners = best_and_worst(as_groups(plan.method.ranking(rewards, state.step, group), group))
     return stored._replace(sample_rewards=rewards or None, winners=winners)
+
+
+def _ask_reference(
+    plan: Plan, needs: frozenset[str], stored: Stored, state: TrainState, frozen: Frozen, batch: Batch
+) -> Stored:
+    """What the reference says of the stored steps: once, as neither changes while updates share the rollout."""
+    if REFERENCE not in needs:
+        return stored
+    rollout, reference = stored.rollout, _reference(plan, state, frozen)
+    if TRANSITIONS in needs:
+        stored = stored._replace(reference_x0=reference_x0(plan, rollout, reference, batch.cond))
+    if PAIRS in needs:
+        theirs = pair_log_prob(plan, rollout, stored.winners, reference, batch.cond)
+        stored = stored._replace(reference_log_prob=jax.lax.stop_gradient(theirs))
+    return stored
 
 
 def _train_on_rollout(
@@ -371,13 +393,14 @@ def _with_rollout(
     """The context with the stored rollout as the student and its reference see it now."""
     rollout = stored.rollout
     if TRANSITIONS in needs:
-        found = transitions(plan, rollout, student, reference, cond)
+        found = transitions(plan, rollout, student, stored.reference_x0, cond)
         if stored.old_log_prob is not None:
             i, old = stored.old_log_prob
             found = found._replace(old_log_prob=jnp.where(i > 0, old, found.old_log_prob))
         ctx = ctx._replace(transitions=found)
     if PAIRS in needs:
-        ctx = ctx._replace(pairs=pair_transitions(plan, rollout, stored.winners, student, reference, cond))
+        mine = pair_log_prob(plan, rollout, stored.winners, student, cond)
+        ctx = ctx._replace(pairs=Pairs(mine, stored.reference_log_prob))
     if DENOISING_PAIRS in needs:
         errors = pair_errors(plan, rollout, stored.winners, student, reference, cond, keys)
         ctx = ctx._replace(pair_errors=errors)

@@ -143,6 +143,7 @@ def test_which_trees_receive_gradient_from_which_term(method):
         rollout = train_step.roll_out(w.plan, needs, student, batch.cond, keys_of(now))
         stored = train_step.Stored(jax.lax.stop_gradient(rollout))
         stored = train_step._judge_samples(w.plan, needs, stored, now, w.frozen, batch)
+        stored = train_step._ask_reference(w.plan, needs, stored, now, w.frozen, batch)
         if "targets" in needs:
             _, stored, _ = train_step._make_targets(w.plan, stored, now, w.frozen, batch)
             stored = stored._replace(

@@ -100,22 +100,45 @@ def units():
     return {name: count / BATCH for name, count in counted.items()}
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_the_program_has_the_passes_of_the_hand_count(method):
-    changes = CASES[method]
-    r = run(method, **changes)
-    sizes = methods.Sizes(
+def sizes_of(method, changes):
+    return methods.Sizes(
         K=2,
         G=changes.get("group__size", 1),
         M=1,
-        U=changes.get("fake__updates", 1),
+        U=changes.get("fake__updates" if method == "gdmd" else "rollout__updates", 1),
         S=changes.get("gndm__draws", 1),
         E={"gdmd": 2, "rtdmd": 1}.get(method, 0),
         W=int(method in ("dmd2", "drpo")),
     )
-    passes = methods.METHODS[method].passes(sizes)
+
+
+def check(method, passes, changes, step):
+    """The program of generator step ``step`` has these passes."""
+    r = run(method, **changes)
     expected = BATCH * sum(count * units()[name] for name, count in vars(passes).items())
-    state = r.state._replace(step=jnp.int32(toy_run.START))
-    terms = r.active(toy_run.START)
-    found = flops(functools.partial(generator_step, r.plan, terms), state, r.frozen, r.batch)
+    state = r.state._replace(step=jnp.int32(step))
+    found = flops(functools.partial(generator_step, r.plan, r.active(step)), state, r.frozen, r.batch)
     assert found == pytest.approx(expected, rel=0.1), (found / units()["student"] / BATCH, passes)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_program_has_the_passes_of_the_hand_count(method):
+    changes = CASES[method]
+    check(method, methods.METHODS[method].passes(sizes_of(method, changes)), changes, toy_run.START)
+
+
+@pytest.mark.parametrize("method", [name for name, method in methods.METHODS.items() if method.rewards != "none"])
+def test_a_cold_start_has_the_passes_of_the_hand_count(method):
+    """Before the first reward starts nothing of it is compiled: no decoding, no group, no policy step."""
+    changes = CASES[method]
+    check(method, methods.METHODS[method].cold_passes(sizes_of(method, changes)), changes, 0)
+
+
+REUSING = ("dmdr_grpo", "dmdr_dpo", "gndm", "gndmr", "rtdmd", "dpo_only", "grpo_only")
+
+
+@pytest.mark.parametrize("method", REUSING)
+def test_several_updates_on_a_rollout_have_the_passes_of_the_hand_count(method):
+    """The rollout, its rewards and the fake updates on it are there once, whatever the updates."""
+    changes = CASES[method] | {"rollout__updates": 3}
+    check(method, methods.METHODS[method].passes(sizes_of(method, changes)), changes, toy_run.START)

@@ -87,7 +87,8 @@ def stored(method="dmdr_grpo", **changes):
 @pytest.mark.parametrize("kernel", ["renoise", "cps(0.8)", "flow_sde(0.5)"])
 def test_transitions_are_the_kernels_densities_of_stored_states(kernel):
     w, student, roll = stored(student__steps=3, rollout__kernel=kernel)
-    found = rollouts.transitions(w.plan, roll, student, student, w.batch.cond)
+    theirs = rollouts.reference_x0(w.plan, roll, student, w.batch.cond)
+    found = rollouts.transitions(w.plan, roll, student, theirs, w.batch.cond)
     process, states = w.plan.denoiser.process, roll.trajectory.states
     for k in range(2):
         t, t_next = (jnp.float32(w.plan.simulation.grid[k + i]) for i in (0, 1))
@@ -105,7 +106,8 @@ def test_rtdmds_density_drops_the_variance_and_flow_grpos_kl_the_time():
     other, *_ = stored(policy__density="rtdmd", policy__kl_form="flow_grpo")
     moved = jax.tree.map(lambda x: x + 0.1, plain.state.generator)
     reference = generator_weights(plain.plan, moved, plain.frozen.base)
-    a, b = (rollouts.transitions(w.plan, roll, student, reference, w.batch.cond) for w in (plain, other))
+    theirs = rollouts.reference_x0(plain.plan, roll, reference, plain.batch.cond)
+    a, b = (rollouts.transitions(w.plan, roll, student, theirs, w.batch.cond) for w in (plain, other))
     t_next = plain.plan.simulation.grid[1]
     constant = np.log(t_next) + 0.5 * np.log(2 * np.pi)
     assert np.allclose(b.log_prob, 2 * t_next**2 * (a.log_prob + constant), rtol=1e-3, atol=1e-5)
