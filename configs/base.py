@@ -240,7 +240,7 @@ def _add_methods(c: ConfigDict) -> None:
     c.drpo.cells = 4  # features are averaged to this many cells a side
 
     c.gan = ConfigDict()
-    c.gan.images = ""  # a folder of images with captions in .txt files beside them, or a .npy [n, h, w, 3]; "": no GAN
+    c.gan.images = ""  # folder of images and captions (.txt), .npy [n, h, w, 3], or shapes:WORLD:train; "": no GAN
     c.gan.weight = 5e-3  # of the discriminator in the generator's loss
     c.gan.fake_weight = 1e-2  # of the discriminator in the fake score's loss
     c.gan.lr = 1e-4  # of the discriminator's head

@@ -242,10 +242,13 @@ def _check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    """A hint: the key that is spelt most alike, or those that end alike; else the keys there are."""
+    """A hint: the key that is spelt most alike, or those that end alike; else the keys and groups there are."""
     same_end = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
     alike = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or same_end[:3]
-    return f"did you mean {' or '.join(map(repr, alike))}?" if alike else f"the keys are {', '.join(known)}"
+    if alike:
+        return f"did you mean {' or '.join(map(repr, alike))}?"
+    first = dict.fromkeys(f"{group}.*" if dot else group for group, dot, _ in (other.partition(".") for other in known))
+    return f"the keys are {', '.join(first)}"
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from dmdr_jax import cli, lora
 from dmdr_jax.errors import UserError
+from dmdr_jax.methods import METHODS
 from dmdr_jax.training.abstract import AbstractRun
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,7 @@ FULL_SIZE = [
     *(f"configs/paper/{name}.py:{stage}" for name in ("sd3_medium", "sd35_large", "sdxl_1step") for stage in STAGES),
 ]
 SHAPES = ["configs/shapes/sd3.py", "configs/shapes/sdxl.py", "configs/shapes/sdxl_1step.py"]
+PLANNED = ("dmd2", "gdmd", "drpo")  # methods whose state or data no other method has
 DENOISERS = {
     "sd3_medium": 2_028_328_000,
     "sd35_medium": 2_243_171_520,
@@ -68,9 +70,23 @@ def test_the_train_step_of_every_configuration_builds(spec):
         assert size(run.state.generator) == (lora.count(run.state.generator) if is_lora else DENOISERS[name])
         assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((run.state.generator, run.state.ema)))
         assert run.batch.cond.prompt_embeds.dtype == jax.numpy.bfloat16
-    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     for after in run.trace():
         assert shapes(after) == shapes(run.state)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m not in PLANNED)) for m in METHODS])
+def test_every_method_is_planned_over_shapes_alone(method):
+    """What `plan` and the cost of an experiment are counted on; a discriminator's images are counted, not read."""
+    own = {"dmd2": ["gan.images=shapes:small:train"], "drpo": ["student.steps=1"]}.get(method, [])
+    run = AbstractRun.of(cli.load_config("configs/shapes/sd3.py", [f"method={method}", *own]))
+    for after in run.trace():
+        assert shapes(after) == shapes(run.state)
+    if method == "dmd2":
+        assert run.frozen.real.latents.shape == (1024, *run.plan.latent_shape) and run.frozen.real.cond.batch == 1024
 
 
 @pytest.mark.parametrize(

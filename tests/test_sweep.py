@@ -26,7 +26,7 @@ CHOICES = {
     "main": ["sdxl", "sdxl_1step"],
     "long": ["sdxl", "sdxl_1step"],
     "fake_score": ["dmdr"],
-    "methods": ["all"],
+    "methods": ["all", "one_step"],
     "teacher": ["sdxl"],
 }
 EXPERIMENTS = [f"configs/shapes/experiments/{file.name}{choice}" for file in FILES

@@ -11,12 +11,16 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dmdr_jax.data.files import PROMPT_FIELDS, Record, file_records
 from dmdr_jax.data.tfds_source import tfds_records
 from dmdr_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dmdr_jax.shapes.world import World
 
 DEFAULT_WORLD = "small"  # what "shapes:train" means
 
@@ -132,9 +136,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def _shapes_prompts(spec: str) -> list[str]:
     from dmdr_jax.shapes.prompts import balanced_train_prompts
+
+    return balanced_train_prompts(world_of(spec))
+
+
+def world_of(spec: str) -> World:
+    """The embedded world that ``shapes:[WORLD:]train`` names."""
     from dmdr_jax.shapes.world import get_world
 
     parts = spec.split(":")[1:]
     if len(parts) not in (1, 2) or parts[-1] != "train":
         raise UserError(f"cannot read {spec!r}; write shapes:train or shapes:WORLD:train")
-    return balanced_train_prompts(get_world(parts[0] if len(parts) == 2 else DEFAULT_WORLD))
+    return get_world(parts[0] if len(parts) == 2 else DEFAULT_WORLD)

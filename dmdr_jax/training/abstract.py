@@ -22,6 +22,8 @@ from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import setup
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.mesh_choice import Residents, residents
+from dmdr_jax.training.plan import RealImages
+from dmdr_jax.training.real_images import count_images
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
 
@@ -79,6 +81,7 @@ class AbstractRun:
             vae=setup.reward_decoder(pipeline.params),
             rewards={reward.spec.name: reward.params for reward in rewards},
             uncond=_encoded(encode_uncond, config, pipeline, plan, 1, zeros=setup.zero_uncond(config, pipeline)),
+            real=_abstract_real(config, pipeline, plan) if plan.method.gan else None,
         )
         text: Any = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
         cond = _encoded(encode, config, pipeline, plan, config.batch, max_sequence_length=config.t5_length)
@@ -136,6 +139,14 @@ def abstract_reward(spec: RewardSpec, dtype: Any, remat: bool) -> Reward:
     vision, text = towers(CLIP_H14, dtype, remat)
     size = CLIP_H14.vision.image_size
     return ClipReward(spec, image_side, text_side, vision, text, Preprocessing.from_config({}, size), tokenizer=None)
+
+
+def _abstract_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages:
+    """The discriminator's images, as many as there are."""
+    count = count_images(config.gan.images)
+    latents: Any = jax.ShapeDtypeStruct((count, *plan.latent_shape), jnp.float32)
+    captions = _encoded(encode, config, pipeline, plan, count, max_sequence_length=config.t5_length)
+    return RealImages(latents, captions)
 
 
 def _encoded(function: Any, config: Any, pipeline: Pipeline, plan: Plan, batch: int, **fixed: Any) -> Any:

@@ -1,17 +1,19 @@
 """Reinforcement learning with and without distribution matching (the paper's Table 5), and all methods side by side.
 
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/methods.py --out=runs/methods --jobs=2
-          methods.py:all has every preset of dmdr_jax/methods.py that needs neither images nor a one-step student, nor
-          words that the embedded world's rewards do not know (dmdr_srpo); it shows the rows of methods.py again, so run
-          that too.
+          methods.py:all has every preset of dmdr_jax/methods.py that needs neither a one-step student nor words that
+          the embedded world's rewards do not know (dmdr_srpo); it shows the rows of methods.py again, so run that too.
+          methods.py:one_step has those that are made for one step, beside the rows of main.py:sdxl_1step, so run that
+          too.
 
 All start from the same cold start, DMD alone: as its copy where they keep no more state than it does, else by making
-it again with the same seed. Equal generator steps; one of GDMD's is `fake.updates` student updates.
+it again with the same seed. Equal generator steps; one of GDMD's is `fake.updates` student updates. DMD2 alone sees
+images: its discriminator has renders of the training prompts, which no other method here is given.
 """
 
 from typing import Any
 
-from configs.shapes.experiments.main import CONFIG, MODEL, TEACHER, reward_weights, rewards_from
+from configs.shapes.experiments.main import CONFIG, MODEL, SHAPES, TEACHER, reward_weights, rewards_from
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments.spec import Bars, Experiment, Pareto, Row, arguments_of
 
@@ -27,9 +29,13 @@ TABLE = {
 ALGORITHMS = ("refl", "dpo", "grpo")
 COPIES = ("refl_only", "dmdr_refl", "dmdr_grpo", "ddmd_adv")
 """Methods whose state is that of DMD alone, so that they can go on from its checkpoint."""
-OTHERS = ("ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
-NO_REWARDS = ("ddmd", "gndm")
-
+OTHERS = ("dmd2", "ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
+NO_REWARDS = ("dmd2", "ddmd", "gndm")
+OWN = {"dmd2": {"gan.images": "shapes:small:train"}}
+"""Settings that a method would do nothing of its own without."""
+ONE_STEP = ("gdmd", "drpo")
+"""Methods that want no randomness of the sampler, so that one step is enough."""
+MEASURES = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
 
 EQUAL = {
     "distil": 540,
@@ -37,6 +43,7 @@ EQUAL = {
     "dpo_only": 1040,
     "grpo_only": 640,
     "dmdr_grpo": 450,
+    "dmd2": 393,
     "gndm": 360,
     "gndmr": 333,
     "rtdmd": 378,
@@ -47,7 +54,7 @@ within 3 % of that: a test counts again."""
 
 def trained(method: str, title: str) -> Row:
     """A row of one method."""
-    overrides: dict[str, Any] = {"method": method, "steps": UPDATES}
+    overrides: dict[str, Any] = {"method": method, "steps": UPDATES, **OWN.get(method, {})}
     overrides |= {} if method in NO_REWARDS else rewards_from(COLD)
     if method in OTHERS and method in EQUAL:
         overrides |= {"checkpoint.every": EQUAL[method] // 3, "checkpoint.keep": 9}
@@ -67,9 +74,26 @@ def borrowed(row: Row) -> Row:
     return Row(row.label, row.title, of="methods")
 
 
+def one_step() -> Experiment:
+    """The SDXL shape's one-step student by the methods that are made for it; both begin as the other rows do."""
+    config, model, _ = SHAPES["sdxl_1step"]
+    steps = {"steps": UPDATES}
+    rows = [Row(label, title, of="main_sdxl_1step") for label, title in (("dmd", "DMD only"), ("dmdr", "DMDR"))]
+    rows += [Row(m, m, config=config, overrides={"method": m, **steps, **rewards_from(COLD)}) for m in ONE_STEP]
+    return Experiment(
+        name="methods_one_step",
+        rows=(Row("teacher", "teacher, 25 steps", of="main_sdxl_1step"), *rows),
+        teacher=arguments_of(model, TEACHER),
+        pairs=tuple((label, other) for label in ONE_STEP for other in ("dmd", "dmdr")),
+        figures=(Bars(MEASURES), Pareto("strict", "flops")),
+    )
+
+
 def get_experiment(which: str = "table5") -> Experiment:
-    if which not in ("table5", "all"):
-        raise UserError(f"unknown choice {which!r}; choose table5 or all.")
+    if which not in ("table5", "all", "one_step"):
+        raise UserError(f"unknown choice {which!r}; choose table5, all or one_step.")
+    if which == "one_step":
+        return one_step()
     alone, table = reward_weights(0.0), which == "table5"
     teacher = Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER)
     cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone})
@@ -90,11 +114,10 @@ def get_experiment(which: str = "table5") -> Experiment:
         updates = tuple(row.label for row in (distil, *rows[1:]) if row not in equal)
         compute = tuple(f"{label}_equal" if label in EQUAL else label for label in updates)
         teacher, shown = borrowed(teacher), (("teacher", "cold", *updates), ("teacher", *compute))
-    measures = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
     return Experiment(
         name="methods" if table else "methods_all",
         rows=(teacher, cold, *rows),
         teacher=arguments_of(MODEL, TEACHER),
         pairs=tuple(pairs),
-        figures=(*(Bars(measures, labels) for labels in shown), Pareto("strict", "flops")),
+        figures=(*(Bars(MEASURES, labels) for labels in shown), Pareto("strict", "flops")),
     )
