@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.shapes.experiments import methods as presets
 from dmdr_jax import cli, methods, sweep
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments import jobs, records, runner
@@ -109,7 +110,7 @@ def test_rows_at_equal_compute_cost_the_same(tmp_path):
     expected = cost(table, "dmdr_refl")
     (labels,) = (f.rows for f in experiment.figures if isinstance(f, Bars) and "distil_equal" in f.rows)
     rows = [(table if experiment.row(label).of == "methods" else experiment, label) for label in labels[1:]]
-    assert [label.removesuffix("_equal") for _, label in rows] == ["distil", *methods.TABLE, *methods.OTHERS]
+    assert [label.removesuffix("_equal") for _, label in rows] == ["distil", *presets.TABLE, *presets.OTHERS]
     assert {label: cost(owner, label) / expected for owner, label in rows} == {
         label: pytest.approx(1.0, abs=0.03) for _, label in rows
     }
