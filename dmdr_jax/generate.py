@@ -171,20 +171,53 @@ def draw_images(
       sharding: how a batch is split over devices that hold ``weights`` and ``params``; None: one device.
       progress: called with the number of images drawn, batch by batch.
     """
-    params = dict(params or pipeline.params)
-    params.pop(pipeline.denoiser, None)
-    zeros = negative_prompt is None and pipeline.zero_uncond
-    networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros, pipeline.t5_length)
+    program, params = _program(pipeline, params, recipe, negative_prompt, sharding)
     empty = read_text(pipeline, [negative_prompt or ""])
     batch = batch if sharding else min(batch, len(prompts))
     places = range(len(prompts)) if places is None else places
-    images, devices = [], sharding.num_devices if sharding else 1
+    images = []
     for start in range(0, len(prompts), batch):
         rows = [min(start + i, len(prompts) - 1) for i in range(batch)]
         text, keys = read_text(pipeline, [prompts[i] for i in rows]), row_keys(seed, [places[i] for i in rows])
         text, first = _put((text, noise[rows]), sharding)  # over several hosts jax takes no keys here
-        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh) if sharding else contextlib.nullcontext():
-            drawn = _draw(networks, recipe, devices, params, weights, text, empty, first, keys)
+        drawn = program(_draw, params, weights, text, empty, first, keys)
         images.append(on_host(drawn)[: len(prompts) - start])
         progress(len(images[-1]))
     return np.concatenate(images)
+
+
+def trace_drawing(
+    pipeline: Pipeline,
+    recipe: Recipe,
+    sharding: jax.sharding.NamedSharding | None,
+    params: Mapping[str, Tree],
+    weights: Weights,
+    text: Tree,
+    empty: Tree,
+    noise: Any,
+) -> tuple[Any, Tree]:
+    """The program of `draw_images`, traced for one batch of shapes with shardings, and all that it is given."""
+    program, params = _program(pipeline, params, recipe, None, sharding)
+    keys = jax.eval_shape(partial(row_keys, 0, range(noise.shape[0])))
+    inputs = params, weights, text, empty, noise, keys
+    return program(_draw.trace, *inputs), inputs
+
+
+def _program(
+    pipeline: Pipeline,
+    params: Mapping[str, Tree] | None,
+    recipe: Recipe,
+    negative_prompt: str | None,
+    sharding: jax.sharding.NamedSharding | None,
+) -> tuple[Callable[..., Any], dict[str, Tree]]:
+    """How `_draw`, or its tracing, is called on the devices of ``sharding``, and the parameters that it reads."""
+    params = {name: tree for name, tree in (params or pipeline.params).items() if name != pipeline.denoiser}
+    zeros = negative_prompt is None and pipeline.zero_uncond
+    networks = _Networks(tuple(sorted(pipeline.modules.items())), pipeline.process, zeros, pipeline.t5_length)
+    devices = sharding.num_devices if sharding else 1
+
+    def call(draw: Callable[..., Any], *inputs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh) if sharding else contextlib.nullcontext():
+            return draw(networks, recipe, devices, *inputs)
+
+    return call, params

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dmdr_jax.planning.request import FAKE, GENERATOR, Facts, Program
+from dmdr_jax.planning.request import FAKE, GENERATOR, UPDATES, Facts, Program
 from dmdr_jax.planning.topology import Chip, Slice
 
 GREEN, AMBER, RED = "green", "amber", "red"
@@ -17,7 +17,7 @@ class Memory:
 
     Attributes:
       held: between steps, by holder.
-      temp: what the larger of the two updates needs besides; None without a compiler.
+      temp: what the largest program needs besides; None without a compiler.
       total: of both.
       peak: the compiler's estimate of what is in use at one time, with what the program does not touch; None likewise.
       limit: what the chip has.
@@ -150,6 +150,6 @@ def warnings(facts: Facts, where: Slice) -> tuple[str, ...]:
     if fsdp == where.in_slice > 8:
         found.append(f"fsdp {fsdp} spans the whole slice: gradients are summed whole; take a part of it")
     for name, program in facts.programs.items():
-        if (program.largest_reduced or 0) >= FULL_SIZE:
+        if name in UPDATES and (program.largest_reduced or 0) >= FULL_SIZE:
             found.append(f"the {name} update sums an array of {program.largest_reduced:,} elements whole")
     return tuple(found)

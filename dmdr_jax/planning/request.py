@@ -4,8 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
-FAKE, GENERATOR = "fake", "generator"
-PROGRAMS = (FAKE, GENERATOR)
+FAKE, GENERATOR, DRAWING = "fake", "generator", "drawing"
+UPDATES = (FAKE, GENERATOR)
+PROGRAMS = (*UPDATES, DRAWING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ TIMEOUT = 3600
 
 
 def answer(request: Request) -> Answer:
-    """Surveys one run on one slice, its two programs side by side, and judges it.
+    """Surveys one run on one slice, its programs side by side, and judges it.
 
     Raises:
       UserError: what was asked is refused, or the compiler died.

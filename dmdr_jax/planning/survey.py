@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 from dmdr_jax.planning import topology
-from dmdr_jax.planning.request import FAKE, GENERATOR, Facts, Program, Request
+from dmdr_jax.planning.request import DRAWING, FAKE, GENERATOR, Facts, Program, Request
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -54,8 +54,13 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
     placed, stages = run.placed(layout), stages_of(config, run)
     programs = {}
     for name in names:
-        traced = trace(name, placed, layout, stages[-1].terms)
-        known = examine(name, traced, split_inputs(placed), where.chips)
+        if name != DRAWING:
+            traced, inputs = trace(name, placed, layout, stages[-1].terms), (placed.state, placed.frozen, placed.batch)
+        elif images := drawn(config):
+            traced, inputs = placed.trace_drawing(layout, images)
+        else:
+            continue
+        known = examine(name, traced, are_split(inputs), where.chips)
         programs[name] = compile_program(traced, known, layout.mesh.shape["fsdp"]) if request.compiled else known
     earlier = []
     for stage in stages[:-1] if FAKE in names else ():  # where the smaller of the two programs is
@@ -131,7 +136,7 @@ def stages_of(config: Any, run: Any) -> list[Stage]:
 
 
 def trace(name: str, run: Any, layout: Any, terms: Any) -> Any:
-    """One program of a placed run, traced."""
+    """One update of a placed run, traced."""
     from dmdr_jax.training import programs
 
     if name == FAKE:
@@ -141,11 +146,17 @@ def trace(name: str, run: Any, layout: Any, terms: Any) -> Any:
     return jitted.trace(run.state, run.frozen, run.batch)
 
 
-def split_inputs(run: Any) -> list[bool]:
+def drawn(config: Any) -> int:
+    """How many images a run draws at once: a grid, or the watch's canaries."""
+    return max(config.preview.images, config.watch.count if config.watch.every else 0)
+
+
+def are_split(inputs: Any) -> list[bool]:
     """Of each array that a program is given, whether its parts lie on several devices."""
     import jax
 
-    return [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((run.state, run.frozen, run.batch))]
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(inputs)]
+    return [place is not None and not place.is_fully_replicated for place in places]
 
 
 def examine(name: str, traced: Any, split: list[bool], chips: int) -> Program:

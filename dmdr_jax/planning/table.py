@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from dmdr_jax.planning.accounting import HOLDERS
 from dmdr_jax.planning.judge import Answer
+from dmdr_jax.planning.request import GENERATOR, UPDATES
 
 NAMES = {
     "base": "frozen denoiser",
@@ -18,7 +19,7 @@ NAMES = {
 }
 COMPILED = "HBM by libtpu's compiler, at optimisation level O0; times are a roofline: bounds that no real step reaches."
 ARITHMETIC = (
-    "Not compiled (--nocompile, or libtpu is not installed): this is arithmetic on shapes. What an update itself needs"
+    "Not compiled (--nocompile, or libtpu is not installed): this is arithmetic on shapes. What a program itself needs"
     " is not counted, so that green may not fit, and gathers are those that the program asks for. pip install libtpu"
     " compiles it."
 )
@@ -34,12 +35,12 @@ def summary(answers: Sequence[Answer]) -> str:
 
 
 def _line(a: Answer) -> tuple[str, ...]:
-    programs, updates = a.facts.programs, a.facts.fake_updates
-    times = {name: 1 if name == "generator" else updates for name in programs}
+    programs = {name: program for name, program in a.facts.programs.items() if name in UPDATES}
+    times = {name: 1 if name == GENERATOR else a.facts.fake_updates for name in programs}
     gathered = sum(times[n] * (p.declared if p.gathered is None else p.gathered) for n, p in programs.items())
     reduced = sum(times[n] * ((p.scattered or 0) + (p.reduced or 0)) for n, p in programs.items())
     flops = sum(times[n] * p.flops for n, p in programs.items())
-    slowest = max(a.times.values(), key=lambda time: time.bound)
+    slowest = max((a.times[name] for name in programs), key=lambda time: time.bound)
     return (
         a.facts.topology,
         str(a.facts.chips),
@@ -61,11 +62,11 @@ def _line(a: Answer) -> tuple[str, ...]:
 
 
 def details(answer: Answer) -> str:
-    """The memory and the two programs of one slice."""
+    """The memory and the programs of one slice."""
     memory = answer.memory
     rows = [(NAMES[name], _gb(memory.held[name])) for name in HOLDERS if memory.held[name]]
     if memory.temp is not None:
-        rows.append(("an update itself", _gb(memory.temp)))
+        rows.append(("the largest program itself", _gb(memory.temp)))
     lines = [f"{answer.facts.topology}: HBM of one chip", _indent(_columns(rows))]
     titles = ("program", "TF", "gathered", "scattered", "all-reduced", "other", "compute s", "links s", "memory s")
     programs: list[tuple[str, ...]] = [titles]

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from dmdr_jax.diffusers_io.pipeline import Pipeline
 from dmdr_jax.diffusers_io.published import abstract_pipeline
 from dmdr_jax.diffusers_io.text import CLIP_TOWERS, T5, encode, encode_uncond, is_text_encoder
+from dmdr_jax.generate import trace_drawing
 from dmdr_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
+from dmdr_jax.models.conditioning import map_rows
 from dmdr_jax.objectives.base import Term
 from dmdr_jax.rewards.base import Reward, RewardSpec
 from dmdr_jax.rewards.clip_reward import ClipReward, Preprocessing, abstract_clip, split_params, towers
@@ -23,9 +25,10 @@ from dmdr_jax.training import setup
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.mesh_choice import Residents, residents
 from dmdr_jax.training.plan import RealImages
+from dmdr_jax.training.preview import batch_of, student_recipe
 from dmdr_jax.training.real_images import count_images
 from dmdr_jax.training.state import TrainState
-from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step
+from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step, generator_weights
 
 Tree = Any
 
@@ -68,6 +71,7 @@ class AbstractRun:
         stored = setup.choice("config.base_dtype", config.base_dtype, setup.DTYPES)
         compute = setup.choice("config.compute_dtype", config.compute_dtype, setup.DTYPES)
         pipeline = abstract_pipeline(resolve(config.model), stored, compute)
+        pipeline.t5_length = config.t5_length
         if not config.t5:
             pipeline.params.pop(T5, None)
         setup.set_remat(config, pipeline)
@@ -80,11 +84,11 @@ class AbstractRun:
             base=base,
             vae=setup.reward_decoder(pipeline.params),
             rewards={reward.spec.name: reward.params for reward in rewards},
-            uncond=_encoded(encode_uncond, config, pipeline, plan, 1, zeros=setup.zero_uncond(config, pipeline)),
+            uncond=_encoded(encode_uncond, pipeline, plan, 1, zeros=setup.zero_uncond(config, pipeline)),
             real=_abstract_real(config, pipeline, plan) if plan.method.gan else None,
         )
         text: Any = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
-        cond = _encoded(encode, config, pipeline, plan, config.batch, max_sequence_length=config.t5_length)
+        cond = _encoded(encode, pipeline, plan, config.batch)
         batch = Batch(cond, {reward.spec.name: text for reward in rewards})
         if config.encode_once:
             pipeline.params = {name: tree for name, tree in pipeline.params.items() if not is_text_encoder(name)}
@@ -119,6 +123,32 @@ class AbstractRun:
         state = layout.abstract_state(self.state)
         return dataclasses.replace(self, state=state, frozen=copies.replace(base=base, rewards=rewards), batch=batch)
 
+    def trace_drawing(self, layout: Layout, images: int) -> tuple[Any, Tree]:
+        """The drawing of a grid of so many images by the averaged student, traced, and its inputs; of a placed run.
+
+        See `dmdr_jax.training.preview`.
+        """
+        batch, sharding = batch_of(layout, images)
+        pipeline = self.pipeline
+        params = {
+            name: layout.with_shardings(tree, layout.component_shardings(name, tree))
+            for name, tree in pipeline.params.items()
+        }
+        noise: Any = jax.ShapeDtypeStruct((batch, *self.plan.latent_shape), jnp.float32)
+        inputs = self._text(batch), noise
+        text, noise = layout.with_shardings(inputs, layout.batch_shardings(inputs))
+        weights = generator_weights(self.plan, self.state.ema, self.frozen.base)
+        empty = layout.whole(self._text(1))
+        recipe = student_recipe(self.plan)
+        return trace_drawing(pipeline, recipe, sharding, params, weights, text, empty, noise)
+
+    def _text(self, rows: int) -> Any:
+        """So many prompts as drawing takes them: token ids, or what text encoders that have left made of them."""
+        if ids := _token_ids(self.pipeline, rows):
+            return ids
+        cond = dataclasses.replace(self.batch.cond, time_ids=None)
+        return map_rows(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
+
     def trace(self, step: int | None = None) -> tuple[TrainState, TrainState]:
         """The states after a fake update and after a generator update, as shapes; a mistake in either raises.
 
@@ -145,15 +175,19 @@ def _abstract_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages:
     """The discriminator's images, as many as there are."""
     count = count_images(config.gan.images)
     latents: Any = jax.ShapeDtypeStruct((count, *plan.latent_shape), jnp.float32)
-    captions = _encoded(encode, config, pipeline, plan, count, max_sequence_length=config.t5_length)
-    return RealImages(latents, captions)
+    return RealImages(latents, _encoded(encode, pipeline, plan, count))
 
 
-def _encoded(function: Any, config: Any, pipeline: Pipeline, plan: Plan, batch: int, **fixed: Any) -> Any:
+def _encoded(function: Any, pipeline: Pipeline, plan: Plan, batch: int, **fixed: Any) -> Any:
     """The shapes of what the text encoders give for ``batch`` prompts."""
+    ids = _token_ids(pipeline, batch)
+    params = {name: pipeline.params[name] for name in ids}
+    fixed |= dict(size=plan.image_size, max_sequence_length=pipeline.t5_length)
+    return jax.eval_shape(partial(function, pipeline.modules, **fixed), params, ids)
+
+
+def _token_ids(pipeline: Pipeline, rows: int) -> dict[str, Any]:
+    """The shapes of so many prompts as the text encoders read them; nothing where these have left."""
     lengths = {name: pipeline.modules[name].config.max_position_embeddings for name in CLIP_TOWERS}
-    if T5 in pipeline.params:
-        lengths[T5] = config.t5_length
-    ids = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32) for name, length in lengths.items()}
-    params = {name: pipeline.params[name] for name in lengths}
-    return jax.eval_shape(partial(function, pipeline.modules, size=plan.image_size, **fixed), params, ids)
+    lengths[T5] = pipeline.t5_length
+    return {n: jax.ShapeDtypeStruct((rows, length), jnp.int32) for n, length in lengths.items() if n in pipeline.params}

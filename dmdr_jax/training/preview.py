@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -78,13 +79,12 @@ class Preview:
 
     def draw_student(self, average: Tree, frozen: Frozen) -> np.ndarray:
         """The averaged student's."""
-        recipe = Recipe(self.plan.simulation.grid, self.plan.simulation.kernel, 1.0)
-        return self._draw(generator_weights(self.plan, average, frozen.base), recipe)
+        return self._draw(generator_weights(self.plan, average, frozen.base), student_recipe(self.plan))
 
     def _draw(
         self, weights: Weights, recipe: Recipe, progress: Callable[[int], Any] = lambda drawn: None
     ) -> np.ndarray:
-        batch, sharding = self.layout.drawing(min(len(self.prompts), BATCH))
+        batch, sharding = batch_of(self.layout, len(self.prompts))
         options: dict[str, Any] = dict(batch=batch, sharding=sharding, progress=progress)
         return draw_images(self.pipeline, weights, recipe, self.prompts, self.noise, **options)
 
@@ -105,6 +105,16 @@ class Preview:
     def _write_file(self, name: str, content: bytes) -> None:
         if runtime.is_first():
             disk.write_file(self.folder / name, content)
+
+
+def student_recipe(plan: Plan) -> Recipe:
+    """How a run's student draws."""
+    return Recipe(plan.simulation.grid, plan.simulation.kernel, 1.0)
+
+
+def batch_of(layout: Layout, images: int) -> tuple[int, NamedSharding | None]:
+    """How many of ``images`` are drawn at a time, and how they are split over the devices."""
+    return layout.drawing(min(images, BATCH))
 
 
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
