@@ -93,7 +93,7 @@ def row_keys(seed: int, rows: Sequence[int]) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.asarray(rows, jnp.uint32))
 
 
-AT_A_TIME = 2**20
+AT_A_TIME = 2**18
 """Pixels that a device decodes at a time: a decoder's activations are kilobytes a pixel."""
 
 

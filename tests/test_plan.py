@@ -13,7 +13,7 @@ import pytest
 from dmdr_jax.accelerators import has_libtpu
 from dmdr_jax.errors import UserError
 from dmdr_jax.planning import command, judge, runner, sweep, table, topology
-from dmdr_jax.planning.request import FAKE, GENERATOR, Facts, Program, Request
+from dmdr_jax.planning.request import DRAWING, FAKE, GENERATOR, Facts, Program, Request
 
 ROOT = Path(__file__).parents[1]
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed")
@@ -183,6 +183,10 @@ def test_without_libtpu(tmp_path, capsys):
         assert program["declared"] == pytest.approx(passes * 2 * SD3_SIZE, rel=0.03), name
         assert program["gathered"] is None
         assert program["flops"] == pytest.approx(hand_count(name), rel=0.02), name
+    # Drawing: 16 images over 8 chips in four steps, which gather the student, and the text encoders once.
+    drawing, forward = facts["programs"][DRAWING], hand_count(GENERATOR) / 10
+    assert drawing["declared"] == pytest.approx(4 * 2 * SD3_SIZE + 8 * held["text"], rel=0.03)
+    assert 1.0 < drawing["flops"] / (2 * 4 * forward) < 1.6
     assert answer["verdict"] == "green" and answer["memory"]["temp"] is None
 
 
