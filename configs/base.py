@@ -199,6 +199,8 @@ def _add_methods(c: ConfigDict) -> None:
     c.gdmd.beta = 1.0  # how far the implicit policies lie from the student
     c.gdmd.weight = 0.5  # the paper's gamma; 2 beta weight <= dm.weight keeps the sign of distribution matching
     c.gdmd.group = "both"  # implicit targets differ in their "renoise" draw, in the "fake" score's version, or both
+    c.gdmd.old = "block"  # the old student: of the beginning of the updates on a rollout, or the run's "average"
+    c.gdmd.normalised = True  # targets at DMD's normalised gradient; False: at the bare difference of estimates
     c.gdmd.spread = 0.99  # memory of the running deviation of gains; 0: the block's own
 
     c.gndm = ConfigDict()

@@ -68,6 +68,7 @@ def test_the_command_line_switches_the_method(name):
         ("ddmd", {"split__schedule": "late"}, "config.split.schedule"),
         ("rtdmd", {"boundary__normaliser": "none", "group__size": 4, "policy__steps": 1}, "config.boundary.normaliser"),
         ("gdmd", {"gdmd__group": "sde"}, "config.gdmd.group"),
+        ("gdmd", {"gdmd__old": "new"}, "config.gdmd.old"),
         ("gdmd", {"dm__form": "boundary"}, "plain or split, not boundary"),
         ("gdmd", {"dm__form": "renoise_group"}, "plain or split, not renoise_group"),
         ("gdmd", {"rollout__updates": 2}, "config.rollout.updates is set"),

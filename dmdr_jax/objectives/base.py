@@ -40,8 +40,8 @@ REFERENCE = "reference"
 REFERENCE_X0 = "reference_x0"
 """`Context.reference_x0`: the reference's prediction at the student's input."""
 TARGETS = "targets"
-"""`Context.target_gain`: rewards of the implicit target and of the sample; `Context.old_x0`: the student's prediction
-before the first of the updates that share a rollout."""
+"""`Context.target_gain`: rewards of the implicit target and of the sample; `Context.sampled_x0`: the student's
+prediction before the first of the updates that share a rollout; `Context.old_x0`: the old student's."""
 DM_REWARD = "dm_reward"
 """`Context.sample_rewards["dm"]`: distribution matching as a number per sample."""
 IMPORTANCE = "importance"
@@ -144,6 +144,7 @@ class Context(NamedTuple):
     pairs: Pairs | None = None
     pair_errors: PairErrors | None = None
     reference_x0: Array | None = None
+    sampled_x0: Array | None = None
     old_x0: Array | None = None
     target_gain: TargetGain | None = None
     importance: Array | None = None

@@ -7,17 +7,20 @@ image is scored beside the sample's own, and how much better it is decides wheth
     L = r mean (x+ - target)^2 + (1 - r) mean (x- - target)^2                                                (2)
     x+ = (1 - beta) x_old + beta x,   x- = (1 + beta) x_old - beta x
 
-(2) is DiffusionNFT's loss (arXiv 2509.16117) about the target; x_old is the student's estimate before the block of
-updates that share a rollout. Its gradient at x is ``2 beta [(2r - 1)(x_old - target) + beta (x - x_old)]`` per element:
-at x = x_old, where x_old - target = g, distribution matching with the weight 2 beta (2r - 1). Together with
-``lambda L_dm`` the whole is a DM step of weight ``lambda + 2 beta gamma (2r - 1)``, which does not turn its sign as
-long as ``2 beta gamma <= lambda``. No reward gradient, no group of samples, no stochastic sampler.
+(2) is DiffusionNFT's loss (arXiv 2509.16117) about the target, x - g at the student's estimate x before the block of
+updates that share a rollout; x_old is that estimate too. Its gradient at x is ``2 beta [(2r - 1)(x_old - target) +
+beta (x - x_old)]`` per element: at x = x_old, where x_old - target = g, distribution matching with the weight
+2 beta (2r - 1). With ``lambda L_dm`` it is a DM step of weight ``lambda + 2 beta gamma (2r - 1)`` as a whole, which
+does not turn its sign as long as ``2 beta gamma <= lambda``. No reward gradient, no group of samples, no stochastic
+sampler.
 
 Published are (1), (2) and that the group is made of renoise levels and of successive fake scores; no numbers are. The
 defaults beta = 1, gamma = 1/2, lambda = 1 give weights in [0, 2]; Z_m is the running deviation of the gains of reward
 m (the text names a global deviation), each reward by its own before the average, so that scales do not matter; g
-carries DMD's normaliser, without which the targets could not be decoded at all levels alike. ``gdmd.group``,
-``gdmd.spread`` hold the alternatives.
+carries DMD's normaliser, as the algorithm's "grads" do, without which the targets could not be decoded at all levels
+alike. The alternatives: ``gdmd.group``; ``gdmd.spread``; ``gdmd.normalised=False``, the bare difference of estimates,
+which the paper's equation 3 has, in target and matching; ``gdmd.old="average"``, x_old of the run's averaged student,
+which adds a pull to it and one forward to a block.
 """
 
 import dataclasses
@@ -54,7 +57,7 @@ class TargetPreference:
 
     def __call__(self, ctx: Context) -> tuple[Array, Metrics]:
         r = self.optimality(ctx)
-        target = ctx.old_x0 - ctx.draw.gradient
+        target = ctx.sampled_x0 - ctx.draw.gradient
         loss = self.weight * nft_loss(ctx.x0, ctx.old_x0, target, r, self.beta)
         metrics = {"gdmd/loss": loss, "gdmd/optimality": r.mean(), "gdmd/better": (r > 0.5).astype(jnp.float32).mean()}
         for spec in self.specs:

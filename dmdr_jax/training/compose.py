@@ -59,6 +59,7 @@ DENSITIES = ("gaussian", "rtdmd")
 KL_FORMS = ("gaussian", "flow_grpo")
 STEPS_OF = ("batch", "prompt")
 TARGET_GROUPS = ("both", "renoise", "fake")
+OLD_STUDENTS = ("block", "average")
 ANCHORS = ("reference", "dm")
 
 
@@ -235,6 +236,8 @@ def make_method_plan(
         draw_mode=DRAWS[form] or form,
         draw_rms=config.gndm.rms,
         targets=config.gdmd.group,
+        targets_normalised=config.gdmd.normalised,
+        old=_choice("gdmd.old", config.gdmd.old, OLD_STUDENTS),
         spread_decay=config.gdmd.spread,
         ranking=advantages(config, specs) if specs else None,
         keeps=frozenset(kept),

@@ -49,6 +49,8 @@ class MethodPlan:
       draw_mode: how a draw is normalised: by itself, over its renoised points, or over the rows of a prompt.
       draw_rms: over renoised points, by their root mean square; else by the mean of their own normalisers.
       targets: GDMD's group of implicit targets: over renoise draws, over versions of the fake score, or both.
+      targets_normalised: they are at DMD's normalised gradient; else at the bare difference of estimates.
+      old: GDMD's old student: of the "block"'s start, or the run's "average".
       spread_decay: of the running spread of reward gains; 0: the batch's own.
       ranking: what makes winner and loser of a group.
       keeps: what the state holds beside: "reference", "spread", "gan".
@@ -73,6 +75,8 @@ class MethodPlan:
     draw_mode: str = "sample"
     draw_rms: bool = True
     targets: str = "both"
+    targets_normalised: bool = True
+    old: str = "block"
     spread_decay: float = 0.99
     ranking: Advantages | None = None
     keeps: frozenset[str] = frozenset()

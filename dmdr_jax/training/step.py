@@ -151,7 +151,8 @@ class Stored(NamedTuple):
       reference_x0: the reference's estimates ``[b m, h, w, c]`` at the chosen steps.
       reference_log_prob: its log-probabilities ``[prompts, 2, m]`` of best and worst.
       draws, target_rewards: of the implicit targets, stacked on a leading axis.
-      old_x0, old_rewards: the student's x0 at its input and its rewards.
+      sampled_x0, old_rewards: the student's x0 at its input and its rewards.
+      old_x0: the old student's x0 there.
       spread: of reward gains, by name.
       old_log_prob: which of several updates this is, and the first one's log-probabilities ``[b, m]``.
     """
@@ -163,6 +164,7 @@ class Stored(NamedTuple):
     reference_log_prob: Array | None = None
     draws: DMDraw | None = None
     target_rewards: dict[str, Array] | None = None
+    sampled_x0: Array | None = None
     old_x0: Array | None = None
     old_rewards: dict[str, Array] | None = None
     spread: dict[str, Array] | None = None
@@ -258,6 +260,8 @@ def _make_targets(
         scorer = Scorer.at(plan, frozen, fake.fake, state.step)
         keys = keys_of(state) if mode == "fake" else keys_of(state, i)
         draw = scoring.one_draw(scorer, given, x0, batch.cond, keys)
+        if not plan.method.targets_normalised:
+            draw = draw._replace(gradient=draw.gradient * draw.normaliser)
         return fake, (draw, scoring.score_images(plan, frozen, x0 - draw.gradient, batch)[1], metrics)
 
     fake = FakeState(state.fake, state.fake_opt)
@@ -270,7 +274,10 @@ def _make_targets(
     running, spread = update_spread(state.extra.get("spread", {}), gains, plan.method.spread_decay)
     state = state._replace(extra={**state.extra, "spread": running})
     known: dict[str, Any] = {"draws": draws, "target_rewards": targets}
-    known |= {"old_x0": x0, "old_rewards": rewards, "spread": spread}
+    known |= {"sampled_x0": x0, "old_x0": x0, "old_rewards": rewards, "spread": spread}
+    if plan.method.old == "average":
+        average = generator_weights(plan, state.ema, frozen.base)
+        known["old_x0"] = plan.denoiser.x0(average, given.z, given.t, batch.cond)
     return state, stored._replace(**jax.lax.stop_gradient(known)), before | _mean(metrics)
 
 
@@ -354,7 +361,7 @@ def _context(
     reference = _reference(plan, state, frozen) if REFERENCE in needs else None
     x0 = plan.denoiser.x0(student, given.z, given.t, cond)
     ctx = Context(state.step, x0, given.index, given.t, steps=plan.simulation.steps, group=group)
-    ctx = ctx._replace(sample_rewards=stored.sample_rewards, old_x0=stored.old_x0)
+    ctx = ctx._replace(sample_rewards=stored.sample_rewards, sampled_x0=stored.sampled_x0, old_x0=stored.old_x0)
 
     if TARGETS in needs:
         gain = TargetGain(stored.old_rewards, stored.target_rewards, stored.spread)

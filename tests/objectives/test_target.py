@@ -37,7 +37,7 @@ def gain(sample, target, spread=1.0):
 
 def slope(terms, x, matching, target_gain):
     def loss(y):
-        ctx = context(y, draw=matching, old_x0=x, target_gain=target_gain)
+        ctx = context(y, draw=matching, sampled_x0=x, old_x0=x, target_gain=target_gain)
         return total_loss(terms, ctx)[0]
 
     return jax.jit(jax.grad(loss))(x)

@@ -177,6 +177,31 @@ def test_methods_that_train_the_fake_score_on_the_rollout(method):
         assert all(float(pair[1]) > 0 for pair in new.extra["spread"].values())
 
 
+def targets_of(w, state):
+    """GDMD's stored targets."""
+    needs = needs_of(active(w, START))
+    student = train_step.generator_weights(w.plan, state.generator, w.frozen.base)
+    stored = train_step.Stored(train_step.roll_out(w.plan, needs, student, w.batch.cond, keys_of(state)))
+    return train_step._make_targets(w.plan, stored, state, w.frozen, w.batch)[1]
+
+
+def test_gdmds_old_student_may_be_the_average():
+    w, averaged = world("gdmd"), world("gdmd", gdmd__old="average")
+    state = w.state._replace(step=jnp.int32(START))
+    block, same = targets_of(w, state), targets_of(averaged, state._replace(ema=state.generator))
+    assert np.array_equal(block.old_x0, block.sampled_x0) and np.allclose(same.old_x0, block.old_x0, atol=1e-6)
+    ahead = targets_of(averaged, state._replace(ema=jax.tree.map(lambda x: x + 0.1, state.generator)))
+    assert np.array_equal(ahead.sampled_x0, block.sampled_x0) and np.abs(ahead.old_x0 - block.old_x0).max() > 1e-3
+
+
+def test_gdmds_targets_may_be_at_the_bare_difference():
+    w, bare = world("gdmd"), world("gdmd", gdmd__normalised=False)
+    state = w.state._replace(step=jnp.int32(START))
+    a, b = (targets_of(one, state).draws for one in (w, bare))
+    np.testing.assert_allclose(b.gradient, b.scores.fake - b.real, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(a.gradient * a.normaliser, b.gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_the_discriminator_learns_with_the_fake_score():
     w = world("dmd2")
     new, metrics = jax.jit(lambda s: fake_step(w.plan, s, w.frozen, w.batch))(w.state)
