@@ -11,7 +11,7 @@ import pytest
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments import charts, figures, records, results, statistics, tables
-from dmdr_jax.experiments.spec import Bars, Curves, Experiment, Pareto, Row, Sweep
+from dmdr_jax.experiments.spec import Bars, Curves, Experiment, Logged, Pareto, Row, Sweep
 
 ROOT = Path(__file__).parents[1]
 TEACHER = "shapes:sd3,steps=25"
@@ -79,10 +79,11 @@ def written(tmp_path):
     """Records of a teacher and of two rows with two seeds."""
     judge = [0.1, 0.2, 0.3, 0.4]
     along = {"steps": [50, 100, 150], "strict": [[0.5, 0.01, 0, 0], [0.7, 0.01, 0, 0], [0.3, 0.01, 0, 0]]}
+    logs = [{"step": [1, 2, 3, 4, 5, 6], "reward/r": [None, x, x, x + 1, x + 1, x + 1]} for x in (1.0, 3.0)]
     made = [
         made_record("teacher", None, [1, 0, 0, 0], judge),
-        made_record("a", 0, [1, 1, 0, 0], judge, along=along),
-        made_record("a", 1, [1, 1, 1, 0], judge),
+        made_record("a", 0, [1, 1, 0, 0], judge, along=along, curves=logs[0]),
+        made_record("a", 1, [1, 1, 1, 0], judge, curves=logs[1]),
         made_record("b", 0, [0, 1, 0, 0], judge),
         made_record("b", 1, [1, 0, 0, 0], judge),
     ]
@@ -164,6 +165,7 @@ FIGURES = (
     Pareto("strict", "flops"),
     Sweep(("strict",), "dose"),
     Curves(("junk",)),
+    Logged("reward/r", (("a",), ("b",))),
 )
 
 
@@ -171,7 +173,7 @@ def test_the_page_is_made_from_the_records_alone(written, tmp_path, capsys):
     page, file = tmp_path / "docs/results.md", tmp_path / "toy.py"
     rows = "(Row('a', 'row a', model='m', at=1.0), Row('b', model='m', at=20.0))"
     file.write_text(
-        "from dmdr_jax.experiments.spec import *\nfrom dmdr_jax.experiments.spec import Sweep\n"
+        "from dmdr_jax.experiments.spec import *\nfrom dmdr_jax.experiments.spec import Logged, Sweep\n"
         "def get_experiment(name='toy'):\n"
         f"    return Experiment(name, {rows}, {TEACHER!r}, (0, 1), pairs=(('a', 'b'),), figures={FIGURES!r})\n"
     )
@@ -179,6 +181,9 @@ def test_the_page_is_made_from_the_records_alone(written, tmp_path, capsys):
     part = "<!-- results of {0} -->\n{1}<!-- end of {0} -->\n"
     before = "# Mine\n" + part.format(file, "stale\n") + "words\n" + part.format(f"{file}:none", "")
     page.write_text(before)
+    former = page.parent / "images/results/toy_bars_9.svg"
+    former.parent.mkdir(parents=True)
+    former.write_text("<svg/>")
     program = lambda *more: results.main(results.parser().parse_args([f"--page={page}", f"--records={written}", *more]))
     assert program("--check") == 1 and page.read_text() == before
     assert program() == 0 and program("--check") == 0
@@ -189,7 +194,7 @@ def test_the_page_is_made_from_the_records_alone(written, tmp_path, capsys):
     assert "python -m dmdr_jax.sweep --experiment=" in text and "commit abc" in text
     assert re.search(r"\| row a +\| +100 \| +2 \| +1 \|", text)  # updates, TFLOP, CPU minutes
     drawn = sorted(path.name for path in (page.parent / "images/results").iterdir())
-    assert drawn == ["toy_bars_0.svg", "toy_curves_1.svg", "toy_pareto_2.svg", "toy_sweep_3.svg"]
+    assert drawn == ["toy_bars_0.svg", "toy_curves_1.svg", "toy_logged_5.svg", "toy_pareto_2.svg", "toy_sweep_3.svg"]
     assert all(f"(images/results/{name})" in text for name in drawn)
     capsys.readouterr()
     page.write_text("<!-- results of x.py -->\n")
@@ -203,6 +208,13 @@ def test_the_committed_page_is_what_the_committed_records_say(monkeypatch, capsy
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_what_training_logged_is_averaged_over_entries_and_seeds(written):
+    """Entries that all seeds have, three to a point; the error is between the seeds."""
+    (point,) = figures._as_logged(tables.lines_of(TOY, written)[1], "reward/r")
+    assert (point.x, point.y) == (3.0, pytest.approx(2.0 + 1 / 3)) and point.error == pytest.approx(1.0)
+    assert figures._as_logged(tables.lines_of(TOY, written)[2], "reward/r") == ()
 
 
 def elements(panels, kind, name="*"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from dmdr_jax.experiments import charts
 from dmdr_jax.experiments.records import Record
-from dmdr_jax.experiments.spec import TEACHER, Bars, Curves, Experiment, Figure, Pareto, Sweep
+from dmdr_jax.experiments.spec import TEACHER, Bars, Curves, Experiment, Figure, Logged, Pareto, Sweep
 from dmdr_jax.experiments.statistics import over_seeds
 from dmdr_jax.experiments.tables import Line, column_of, value
 
@@ -25,7 +25,7 @@ Drawer = Callable[[Any, Sequence[Line]], list[charts.Panel]]
 def draw(figure: Figure, experiment: Experiment, lines: Sequence[Line]) -> str | None:
     """The text of an SVG file; None where there is nothing to show yet."""
     chosen = [line for line in lines if line.row.label in (figure.rows or experiment.labels)]
-    kinds: dict[type, Drawer] = {Bars: _bars, Curves: _curves, Pareto: _pareto, Sweep: _sweep}
+    kinds: dict[type, Drawer] = {Bars: _bars, Curves: _curves, Logged: _logged, Pareto: _pareto, Sweep: _sweep}
     panels = kinds[type(figure)](figure, chosen)
     return charts.write_svg(panels, describe(figure)) if panels else None
 
@@ -34,6 +34,8 @@ def describe(figure: Figure) -> str:
     """What the figure shows, in a line."""
     if isinstance(figure, Pareto):
         return f"{column_of(figure.measure).title} against {X_NAMES[figure.x]}"
+    if isinstance(figure, Logged):
+        return f"{column_of(figure.metric).title} of the batches of training, over {X_NAMES['step']}"
     names = ", ".join(column_of(key).title for key in figure.measures)
     if isinstance(figure, Curves):
         return f"{names} along training, over {X_NAMES[figure.x]}"
@@ -67,6 +69,34 @@ def _curves(figure: Curves, lines: Sequence[Line]) -> list[charts.Panel]:
             title, level = column_of(key).title, _teacher_level(lines, key)
             panels.append(charts.xy_panel(title, series, X_NAMES[figure.x], key=not panels, level=level))
     return panels
+
+
+LOGS = 3
+"""Log entries that make a point: one is of a few batches."""
+
+
+def _logged(figure: Logged, lines: Sequence[Line]) -> list[charts.Panel]:
+    panels = []
+    for group in figure.groups:
+        chosen = [line for line in lines if line.row.label in group]
+        series = [charts.Series(line.row.name, _as_logged(line, figure.metric)) for line in chosen]
+        series = [one for one in series if one.points]
+        if series:
+            panels.append(charts.xy_panel(column_of(figure.metric).title, series, X_NAMES["step"]))
+    return panels
+
+
+def _as_logged(line: Line, metric: str) -> tuple[charts.Point, ...]:
+    """Means over `LOGS` log entries and over the seeds, with the standard error between seeds."""
+    curves = [record["curves"] for record in line.records if metric in record.get("curves", {})]
+    by_step = [{s: x for s, x in zip(curve["step"], curve[metric]) if x is not None} for curve in curves]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    points = []
+    for start in range(0, len(steps) - LOGS + 1, LOGS):
+        part = steps[start : start + LOGS]
+        e = over_seeds([np.mean([of[step] for step in part]) for of in by_step], [0.0] * len(by_step), 0)
+        points.append(charts.Point(float(np.mean(part)), e.mean, e.se if len(by_step) > 1 else math.nan))
+    return tuple(points)
 
 
 def _teacher_level(lines: Sequence[Line], key: str) -> tuple[str, float] | None:

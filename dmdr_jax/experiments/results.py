@@ -4,7 +4,8 @@
     python -m dmdr_jax.experiments.results --check    # says whether the page is what the records say
 
 A part stands between `<!-- results of FILE.py -->` and `<!-- end of FILE.py -->`, FILE.py (or FILE.py:ARG) being an
-experiment; everything else in the page is left as it is. An experiment without records has an empty part.
+experiment; everything else in the page is left as it is. An experiment without records has an empty part. A figure that
+none of them has any longer is removed from the figures' folder.
 """
 
 import argparse
@@ -34,15 +35,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     files = render(args.page, args.records)
+    left = sorted(set((args.page.parent / FIGURES).glob("*.svg")) - set(files))
     stale = [file for file, text in files.items() if not (file.is_file() and file.read_text(encoding="utf-8") == text)]
     if args.check:
         for file in stale:
             print(f"{file} is not what the records say: run python -m dmdr_jax.experiments.results")
-        return 1 if stale else 0
+        for file in left:
+            print(f"{file} is a figure of no experiment on the page: run python -m dmdr_jax.experiments.results")
+        return 1 if stale or left else 0
     for file in stale:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(files[file], encoding="utf-8")
         print(file)
+    for file in left:
+        file.unlink()
+        print(f"{file} removed: no experiment on the page has this figure")
     return 0
 
 

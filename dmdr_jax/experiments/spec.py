@@ -118,6 +118,18 @@ class Curves:
 
 
 @dataclasses.dataclass(frozen=True)
+class Logged:
+    """A metric as training logged it, over generator steps: a panel for each group of rows."""
+
+    metric: str
+    groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return tuple(label for group in self.groups for label in group)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pareto:
     """A measure against what it cost: ``x`` is ``flops`` or ``cpu`` (of training) or ``nfe`` (of drawing)."""
 
@@ -135,7 +147,7 @@ class Sweep:
     rows: tuple[str, ...] = ()
 
 
-Figure = Bars | Curves | Pareto | Sweep
+Figure = Bars | Curves | Logged | Pareto | Sweep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Reinforcement learning with and without distribution matching (the paper's Table 5), and all methods side by side.
+"""Reinforcement learning with and without distribution matching (the paper's Table 5 and, of the reward while it
+trains, Figure 10), and all methods side by side.
 
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/methods.py --out=runs/methods --jobs=2
           methods.py:all has every preset of dmdr_jax/methods.py that needs neither a one-step student nor words that
@@ -15,7 +16,7 @@ from typing import Any
 
 from configs.shapes.experiments.main import CONFIG, MODEL, SHAPES, TEACHER, reward_weights, rewards_from
 from dmdr_jax.errors import UserError
-from dmdr_jax.experiments.spec import Bars, Experiment, Pareto, Row, arguments_of
+from dmdr_jax.experiments.spec import Bars, Experiment, Figure, Logged, Pareto, Row, arguments_of
 
 COLD, UPDATES = 250, 500
 TABLE = {
@@ -114,10 +115,13 @@ def get_experiment(which: str = "table5") -> Experiment:
         updates = tuple(row.label for row in (distil, *rows[1:]) if row not in equal)
         compute = tuple(f"{label}_equal" if label in EQUAL else label for label in updates)
         teacher, shown = borrowed(teacher), (("teacher", "cold", *updates), ("teacher", *compute))
+    figures: list[Figure] = [*(Bars(MEASURES, labels) for labels in shown), Pareto("strict", "flops")]
+    if table:
+        figures += [Logged("reward/shapes_clip", tuple((f"{name}_only", f"dmdr_{name}") for name in ALGORITHMS))]
     return Experiment(
         name="methods" if table else "methods_all",
         rows=(teacher, cold, *rows),
         teacher=arguments_of(MODEL, TEACHER),
         pairs=tuple(pairs),
-        figures=(*(Bars(MEASURES, labels) for labels in shown), Pareto("strict", "flops")),
+        figures=tuple(figures),
     )
