@@ -27,7 +27,7 @@ CHOICES = {
     "main": ["sdxl", "sdxl_1step"],
     "long": ["sdxl", "sdxl_1step"],
     "fake_score": ["dmdr"],
-    "methods": ["all", "one_step"],
+    "methods": ["all", "signal", "one_step"],
     "teacher": ["sdxl"],
 }
 EXPERIMENTS = [f"configs/shapes/experiments/{file.name}{choice}" for file in FILES

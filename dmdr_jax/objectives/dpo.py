@@ -77,7 +77,7 @@ class PairPreference:
         loss = self.weight * self.ranking.strength(ctx.step) * preference
         scores = {s.name: ctx.sample_rewards[s.name].astype(jnp.float32) for s in self.ranking.specs}
         rewards = {f"reward/{name}": score.mean() for name, score in scores.items()}
-        right = (margin > 0).astype(jnp.float32).mean()
+        right = 0.5 * (1.0 + jnp.sign(margin)).mean()  # where both sides are at the clip they are even
         return loss, {"dpo/loss": loss, "dpo/preference": preference, "dpo/right": right} | rewards
 
 

@@ -81,7 +81,9 @@ NAMES = {
     "policy/kl": Name("KL to reference", "Of the policy to the student of the end of the cold start."),
     "dpo/loss": Name("preference loss (weighted)", "Of each group's best against its worst, times its weight."),
     "dpo/preference": Name("preference loss", "0.693 at the start: no preference beyond the reference's."),
-    "dpo/right": Name("preferences right", "Share of pairs whose winner became likelier than the loser."),
+    "dpo/right": Name(
+        "preferences right", "Share of pairs whose winner became likelier than the loser; half of those that are even."
+    ),
     "gdmd/loss": Name("target preference loss", "Of the samples against their implicit targets."),
     "gdmd/optimality": Name("optimality", "Mean weight of the implicit targets; 1/2: rewards see no difference."),
     "gdmd/better": Name("better targets", "Share of implicit targets that score above their samples."),

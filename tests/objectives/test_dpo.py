@@ -37,6 +37,15 @@ def test_the_transition_form():
     assert float(slope[0, 0, 0]) == 0.0 and float(slope[0, 1, 0]) == -1.0
 
 
+def test_pairs_at_the_clip_on_both_sides_are_half_right():
+    moved = jnp.array([[[0.05], [-0.05]], [[0.5], [0.5]], [[-0.05], [0.05]], [[-0.5], [-0.5]]])
+    ctx = context(jnp.zeros((8, 1, 1, 1)), group=2, sample_rewards={"r": jnp.arange(8.0)})
+    ctx = ctx._replace(pairs=Pairs(moved, jnp.zeros_like(moved)))
+    assert float(PairPreference(RANKING)(ctx)[1]["dpo/right"]) == 0.5
+    ctx = ctx._replace(pairs=Pairs(moved.at[2].multiply(-1.0), jnp.zeros_like(moved)))
+    assert float(PairPreference(RANKING)(ctx)[1]["dpo/right"]) == 0.75
+
+
 def test_the_denoising_form_is_diffusion_dpos():
     student, reference = jnp.abs(normal(3, (2, 2))), jnp.abs(normal(4, (2, 2)))
     d = np.asarray(student - reference)
