@@ -9,7 +9,10 @@ import pytest
 from dmdr_jax import cli, lora
 from dmdr_jax.errors import UserError
 from dmdr_jax.methods import METHODS
-from dmdr_jax.training.abstract import AbstractRun
+from dmdr_jax.rewards.base import RewardSpec
+from dmdr_jax.rewards.registry import open_spec
+from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.training.abstract import AbstractRun, abstract_reward
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("cold", "joint")
@@ -104,3 +107,12 @@ def test_the_authors_sd3_medium_in_numbers(stage, batch, steps, rates, rewards):
 def test_an_unknown_stage_is_named():
     with pytest.raises(UserError, match="unknown stage 'warm'"):
         cli.load_config("configs/paper/sd3_medium.py:warm")
+
+
+def test_a_reward_counts_as_what_lies_at_its_path(tmp_path):
+    """The CLIP that is there; else, and for what is no CLIP, a ViT-H/14."""
+    there = RewardSpec("shapes_clip", resolve("shapes:rewards/shapes_clip"), kind="clip")
+    found, loaded = abstract_reward(there, jax.numpy.float32, False), open_spec(there)
+    assert shapes(found.params) == shapes(loaded.params) and found.preprocess == loaded.preprocess
+    for absent in (RewardSpec("clip", str(tmp_path / "none")), RewardSpec("clip", "")):
+        assert abstract_reward(absent, jax.numpy.bfloat16, False).vision.config.hidden_size == 1280

@@ -1,4 +1,4 @@
-"""Counts the floating point operations of training, from shapes alone: nothing is read but small rewards, nothing run.
+"""Counts the floating point operations of training, from shapes alone: no weights are read, nothing is run.
 
     python -m dmdr_jax.experiments.cost --out cost.json --stage configs/shapes/sd3.py 0 500 batch=16
 
@@ -9,7 +9,6 @@ evaluations. Loops count every turn, which XLA's own analysis does not.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -63,9 +62,10 @@ def stage_cost(config: Any, first: int, last: int) -> dict[str, float]:
     import jax
 
     from dmdr_jax.objectives.base import active_terms, separate_fake_updates
+    from dmdr_jax.training.abstract import AbstractRun
     from dmdr_jax.training.step import fake_step, generator_step
 
-    run = abstract_run(config)
+    run = AbstractRun.of(config)
     inputs = run.state, run.frozen, run.batch
     fake = count(jax.make_jaxpr(partial(fake_step, run.plan))(*inputs))
     generator: dict[Any, float] = {}
@@ -78,27 +78,6 @@ def stage_cost(config: Any, first: int, last: int) -> dict[str, float]:
         total += generator[terms] + (updates + (step == 0 and updates > 0)) * fake
     latest = active_terms(run.terms, last - 1)
     return {"fake_update": fake, "generator_update": generator[latest], "training": total}
-
-
-def abstract_run(config: Any) -> Any:
-    """The run's shapes, with the rewards that it trains on."""
-    import jax
-
-    from dmdr_jax.training import setup
-    from dmdr_jax.training.abstract import AbstractRun
-
-    run = AbstractRun.of(config)
-    rewards = setup.load_rewards(config)
-    abstract = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    text = {
-        reward.spec.name: abstract(reward.text_features(reward.tokenize(["a"] * config.batch))) for reward in rewards
-    }
-    return dataclasses.replace(
-        run,
-        plan=dataclasses.replace(run.plan, rewards=rewards),
-        frozen=dataclasses.replace(run.frozen, rewards={r.spec.name: abstract(r.params) for r in rewards}),
-        batch=dataclasses.replace(run.batch, reward_text=text),
-    )
 
 
 def ode_cost(config: Any, run: Any) -> float:

@@ -22,7 +22,7 @@ from dmdr_jax.rewards import contrast
 from dmdr_jax.rewards.base import Params, RewardSpec
 from dmdr_jax.rewards.clip_files import ClipFile, open_clip_file
 from dmdr_jax.rewards.feature_cache import FeatureCache
-from dmdr_jax.rewards.kinds import KINDS, Kind, find_kind
+from dmdr_jax.rewards.kinds import CLIP, KINDS, Kind, find_kind
 from dmdr_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing, stated_resize
 from dmdr_jax.rewards.scoring import TowerScorer
 from dmdr_jax.rewards.tokenizers import clean_text, clip_tokenizer, token_ids
@@ -196,7 +196,7 @@ def load_clip_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = F
             f"Reward {spec.name!r}: there is no folder {path}, nor a file; give a CLIP's with its tokenizer."
         )
     try:
-        file = open_clip_file(path, arch=spec.arch, activation=spec.activation, usual=kind.activation)
+        file = _open(spec, kind)
         params = read_params(file, dtype)
     except UserError as error:
         raise UserError(f"Reward {spec.name!r}: {error}") from error
@@ -213,6 +213,26 @@ def load_clip_reward(spec: RewardSpec, dtype: Any = jnp.float32, remat: bool = F
         scale=float(jnp.exp(params["logit_scale"])) if kind.logit_scale else 1.0,
         clean=kind.clean or (file.open_clip and kind.network == "clip"),
     )
+
+
+def _open(spec: RewardSpec, kind: Kind) -> ClipFile:
+    path = Path(spec.path).expanduser()
+    return open_clip_file(path, arch=spec.arch, activation=spec.activation, usual=kind.activation)
+
+
+def shape_of(spec: RewardSpec) -> tuple[ClipConfig, Preprocessing] | None:
+    """What the CLIP at `spec.path` is and how it sees images, without its weights; None where none lies there.
+
+    Raises:
+      UserError: something is there, and is no CLIP of ours.
+    """
+    if not spec.path or not Path(spec.path).expanduser().exists():
+        return None
+    kind = KINDS[find_kind(spec.name, spec.kind, spec.path)]
+    if kind.network != CLIP:
+        return None
+    file = _open(spec, kind)
+    return file.config, preprocessing_of(spec, kind, file)
 
 
 def preprocessing_of(spec: RewardSpec, kind: Kind, file: ClipFile) -> Preprocessing:

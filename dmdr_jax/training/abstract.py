@@ -18,8 +18,8 @@ from dmdr_jax.generate import trace_drawing
 from dmdr_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from dmdr_jax.models.conditioning import map_rows
 from dmdr_jax.objectives.base import Term
-from dmdr_jax.rewards.base import Reward, RewardSpec
-from dmdr_jax.rewards.clip_reward import ClipReward, Preprocessing, abstract_clip, split_params, towers
+from dmdr_jax.rewards.base import RewardSpec
+from dmdr_jax.rewards.clip_reward import ClipReward, Preprocessing, abstract_clip, shape_of, split_params, towers
 from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.training import setup
 from dmdr_jax.training.layout import Layout
@@ -62,7 +62,7 @@ class AbstractRun:
 
     @classmethod
     def of(cls, config: Any) -> "AbstractRun":
-        """The run of a configuration, with plain attention; every reward with a weight is taken for a `CLIP_H14`.
+        """The run of a configuration, with plain attention; a reward whose files are not here counts as a `CLIP_H14`.
 
         Raises:
           UserError: the configuration is refused, as by the training program.
@@ -87,9 +87,9 @@ class AbstractRun:
             uncond=_encoded(encode_uncond, pipeline, plan, 1, zeros=setup.zero_uncond(config, pipeline)),
             real=_abstract_real(config, pipeline, plan) if plan.method.gan else None,
         )
-        text: Any = jax.ShapeDtypeStruct((config.batch, CLIP_H14.projection_dim), jnp.float32)
-        cond = _encoded(encode, pipeline, plan, config.batch)
-        batch = Batch(cond, {reward.spec.name: text for reward in rewards})
+        widths = {reward.spec.name: reward.vision.config.projection_dim for reward in rewards}
+        text = {name: jax.ShapeDtypeStruct((config.batch, width), jnp.float32) for name, width in widths.items()}
+        batch = Batch(_encoded(encode, pipeline, plan, config.batch), text)
         if config.encode_once:
             pipeline.params = {name: tree for name, tree in pipeline.params.items() if not is_text_encoder(name)}
         return cls(plan, terms, state, frozen, batch, pipeline)
@@ -162,13 +162,14 @@ class AbstractRun:
         return after_fake, after_generator
 
 
-def abstract_reward(spec: RewardSpec, dtype: Any, remat: bool) -> Reward:
-    """A reward of `CLIP_H14`'s shape, its parameters in ``dtype``."""
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_clip(CLIP_H14))
-    image_side, text_side = split_params(params)
-    vision, text = towers(CLIP_H14, dtype, remat)
+def abstract_reward(spec: RewardSpec, dtype: Any, remat: bool) -> ClipReward:
+    """A reward in the shape of the CLIP at its path, or else of a `CLIP_H14`, its parameters in ``dtype``."""
     size = CLIP_H14.vision.image_size
-    return ClipReward(spec, image_side, text_side, vision, text, Preprocessing.from_config({}, size), tokenizer=None)
+    config, preprocessing = shape_of(spec) or (CLIP_H14, Preprocessing.from_config({}, size))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_clip(config))
+    image_side, text_side = split_params(params)
+    vision, text = towers(config, dtype, remat)
+    return ClipReward(spec, image_side, text_side, vision, text, preprocessing, tokenizer=None)
 
 
 def _abstract_real(config: Any, pipeline: Pipeline, plan: Plan) -> RealImages:
