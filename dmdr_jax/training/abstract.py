@@ -88,7 +88,7 @@ class AbstractRun:
             real=_abstract_real(config, pipeline, plan) if plan.method.gan else None,
         )
         widths = {reward.spec.name: reward.vision.config.projection_dim for reward in rewards}
-        text = {name: jax.ShapeDtypeStruct((config.batch, width), jnp.float32) for name, width in widths.items()}
+        text: dict[str, Any] = {n: jax.ShapeDtypeStruct((config.batch, w), jnp.float32) for n, w in widths.items()}
         batch = Batch(_encoded(encode, pipeline, plan, config.batch), text)
         if config.encode_once:
             pipeline.params = {name: tree for name, tree in pipeline.params.items() if not is_text_encoder(name)}
@@ -146,8 +146,11 @@ class AbstractRun:
         """So many prompts as drawing takes them: token ids, or what text encoders that have left made of them."""
         if ids := _token_ids(self.pipeline, rows):
             return ids
-        cond = dataclasses.replace(self.batch.cond, time_ids=None)
-        return map_rows(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
+
+        def of_rows(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+
+        return map_rows(of_rows, dataclasses.replace(self.batch.cond, time_ids=None))
 
     def trace(self, step: int | None = None) -> tuple[TrainState, TrainState]:
         """The states after a fake update and after a generator update, as shapes; a mistake in either raises.
