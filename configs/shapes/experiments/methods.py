@@ -93,7 +93,7 @@ def one_step() -> Experiment:
 
 SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_free": ("grpo_only", "GRPO only, no KL", {"policy.kl": 0.0}),
-    "grpo_slow": ("grpo_only", "and a quarter of the rate", {"policy.kl": 0.0, "optim.generator.lr": 5e-5}),
+    "grpo_slow": ("grpo_only", "GRPO only, no KL, a quarter of the rate", {"policy.kl": 0.0, "optim.generator.lr": 5e-5}),
     "grpo_batch": ("grpo_only", "no KL, four times the batch", {"policy.kl": 0.0, "batch": 128}),
     "grpo_dm_batch": ("dmdr_grpo", "GRPO + DMD, four times the batch", {"batch": 128}),
     "dpo_refresh": ("dpo_only", "DPO only, reference renewed every 40", {"dpo.refresh": 40}),
