@@ -4,7 +4,7 @@ trains, Figure 10), and all methods side by side.
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/methods.py --out=runs/methods --jobs=2
           methods.py:all has every preset of dmdr_jax/methods.py that needs neither a one-step student nor words that
           the embedded world's rewards do not know (dmdr_srpo); it shows the rows of methods.py again, so run that too.
-          methods.py:signal asks what holds GRPO and DPO back, one change at a time from their rows of methods.py.
+          methods.py:signal asks what holds GRPO, DPO and RTDMD back, one change at a time from their rows.
           methods.py:one_step has those that are made for one step, beside the rows of main.py:sdxl_1step, so run that
           too.
 
@@ -93,21 +93,28 @@ def one_step() -> Experiment:
 
 SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_free": ("grpo_only", "GRPO only, no KL", {"policy.kl": 0.0}),
-    "grpo_slow": ("grpo_only", "GRPO only, no KL, a quarter of the rate", {"policy.kl": 0.0, "optim.generator.lr": 5e-5}),
+    "grpo_slow": (
+        "grpo_only",
+        "GRPO only, no KL, a quarter of the rate",
+        {"policy.kl": 0.0, "optim.generator.lr": 5e-5},
+    ),
     "grpo_batch": ("grpo_only", "no KL, four times the batch", {"policy.kl": 0.0, "batch": 128}),
     "grpo_dm_batch": ("dmdr_grpo", "GRPO + DMD, four times the batch", {"batch": 128}),
     "dpo_refresh": ("dpo_only", "DPO only, reference renewed every 40", {"dpo.refresh": 40}),
+    "rtdmd_cold": ("rtdmd", "RTDMD, stage one alone", {"steps": COLD}),
+    "rtdmd_fake": ("rtdmd", "RTDMD, stage one, 10 fake updates", {"steps": COLD, "fake.updates": 10}),
 }
 """Label: method, title, and what is changed."""
 
 
 def signal() -> Experiment:
-    """GRPO and DPO with less noise in their gradient, or less in their way."""
+    """GRPO and DPO with less noise in their gradient, or less in their way; RTDMD's first stage by itself."""
 
     def changed(label: str) -> Row:
         method, title, own = SIGNAL[label]
         settings = {"method": method, "steps": UPDATES, **rewards_from(COLD), **own}
-        return Row(label, title, config=CONFIG, overrides=settings, after="" if method == "dpo_only" else "cold")
+        after = "cold" if method.endswith(("grpo", "grpo_only")) else ""
+        return Row(label, title, config=CONFIG, overrides=settings, after=after)
 
     titles, known = {"distil": "DMD only"} | TABLE, ("distil", "grpo_only", "dmdr_grpo", "dpo_only")
     cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **reward_weights(0.0)})
@@ -120,7 +127,11 @@ def signal() -> Experiment:
             *map(changed, SIGNAL),
         ),
         teacher=arguments_of(MODEL, TEACHER),
-        pairs=tuple((label, other) for label in SIGNAL for other in ("cold", SIGNAL[label][0])),
+        pairs=(
+            *((label, "cold") for label in SIGNAL),
+            *((label, method) for label, (method, _, _) in SIGNAL.items() if method in known),
+            ("rtdmd_fake", "rtdmd_cold"),
+        ),
         figures=(Bars(MEASURES), Logged("reward/shapes_clip", (("grpo_only", *list(SIGNAL)[:3]),))),
     )
 
