@@ -5,8 +5,9 @@
     python -m dmdr_jax.plan --config=configs/sd35_large.py --sweep [--topology=v5e --topology=v5p] [--prices=v5e=1.2,..]
 
 The trainer's own programs, its two updates and the drawing of its grids, are built from shapes alone and compiled for
-the slice by libtpu, which needs no TPU (pip install libtpu); without it the answer is arithmetic, and says so. Slices are named as JAX does (v5e:4x4), or as
-Google Cloud does (v5litepod-16, v5p-64: cores, two per chip), several slices as 2*v5e:16x16.
+the slice by libtpu, which needs no TPU (pip install libtpu); without it the answer is arithmetic, and says so. Slices
+are named as JAX does (v5e:4x4), or as Google Cloud does (v5litepod-16, v5p-64: cores, two per chip), several slices as
+2*v5e:16x16.
 
 Verdicts: green, all of it fits; amber, it fits only if the compiler's estimate of the peak is what counts; red.
 """
