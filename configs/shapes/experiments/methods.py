@@ -103,6 +103,7 @@ SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo_refresh": ("dpo_only", "DPO only, reference renewed every 40", {"dpo.refresh": 40}),
     "rtdmd_cold": ("rtdmd", "RTDMD, stage one alone", {"steps": COLD}),
     "rtdmd_fake": ("rtdmd", "RTDMD, stage one, 10 fake updates", {"steps": COLD, "fake.updates": 10}),
+    "rtdmd_matching": ("rtdmd", "RTDMD, matching's weight 1 in stage two", {"last_step.dm_weight": 1.0}),
 }
 """Label: method, title, and what is changed."""
 
