@@ -162,9 +162,10 @@ def get_experiment(which: str = "table5") -> Experiment:
         updates = tuple(row.label for row in (distil, *rows[1:]) if row not in equal)
         compute = tuple(f"{label}_equal" if label in EQUAL else label for label in updates)
         teacher, shown = borrowed(teacher), (("teacher", "cold", *updates), ("teacher", *compute))
-    figures: list[Figure] = [*(Bars(MEASURES, labels) for labels in shown), Pareto("strict", "flops")]
+    figures: list[Figure] = [Bars(MEASURES, labels) for labels in shown]
     if table:
-        figures += [Logged("reward/shapes_clip", tuple((f"{name}_only", f"dmdr_{name}") for name in ALGORITHMS))]
+        logged = Logged("reward/shapes_clip", tuple((f"{name}_only", f"dmdr_{name}") for name in ALGORITHMS))
+        figures += [Pareto("strict", "flops"), logged]
     return Experiment(
         name="methods" if table else "methods_all",
         rows=(teacher, cold, *rows),
