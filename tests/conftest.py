@@ -1,8 +1,10 @@
 """For all tests: one CPU device's worth of threads, no network, and programs that compile quickly, and once."""
 
+import contextlib
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -20,7 +22,10 @@ os.environ.setdefault("XLA_FLAGS", QUICK)
 
 
 def pytest_configure(config):
-    """A folder for compiled programs that the tests' processes share, made and removed by the first of them."""
+    """Ctrl-C as usual, and one folder for the compiled programs of all the tests' processes, removed by the first."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # what a script starts with & ignores it, and so its children
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="dmdr_jax_programs_")
