@@ -20,7 +20,7 @@ def held(run: AbstractRun, layout: Layout) -> dict[str, float]:
     """Bytes on one device by holder, of a placed run (`AbstractRun.placed`)."""
     state, frozen = run.state, run.frozen
     text = text_params(run.pipeline).items()
-    placed_text = {n: layout.with_shardings(t, layout.component_shardings(n, t)) for n, t in text}
+    placed_text = {name: layout.abstract_component(name, tree) for name, tree in text}
     reward_text = [layout.whole(reward.text_params) for reward in run.plan.rewards if hasattr(reward, "text_params")]
     trees: dict[str, Tree] = {
         "base": frozen.base,

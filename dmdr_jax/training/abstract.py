@@ -112,9 +112,7 @@ class AbstractRun:
           UserError: the batch does not divide over the mesh.
         """
         copies = layout.whole(self.frozen)
-        base = layout.with_shardings(
-            self.frozen.base, layout.component_shardings(self.pipeline.denoiser, self.frozen.base)
-        )
+        base = layout.abstract_component(self.pipeline.denoiser, self.frozen.base)
         rewards = {
             reward.spec.name: layout.with_shardings(reward.params, layout.reward_shardings(reward))
             for reward in self.plan.rewards
@@ -130,10 +128,7 @@ class AbstractRun:
         """
         batch, sharding = batch_of(layout, images)
         pipeline = self.pipeline
-        params = {
-            name: layout.with_shardings(tree, layout.component_shardings(name, tree))
-            for name, tree in pipeline.params.items()
-        }
+        params = {name: layout.abstract_component(name, tree) for name, tree in pipeline.params.items()}
         noise: Any = jax.ShapeDtypeStruct((batch, *self.plan.latent_shape), jnp.float32)
         inputs = self._text(batch), noise
         text, noise = layout.with_shardings(inputs, layout.batch_shardings(inputs))

@@ -86,6 +86,10 @@ class Layout:
         split = component in SPLIT_COMPONENTS and (self.split_base or component not in DENOISERS)
         return sharding.parameter_shardings(self.mesh, abstract, rules=FROZEN if split else WHOLE)
 
+    def abstract_component(self, component: str, abstract: Tree) -> Tree:
+        """Shapes of a frozen network's tensors, placed so."""
+        return self.with_shardings(abstract, self.component_shardings(component, abstract))
+
     def place_reward(self, reward: Reward) -> Tree:
         """A reward's parameters on the devices."""
         return jax.tree.map(_place, reward.params, self.reward_shardings(reward))
