@@ -33,9 +33,9 @@ GIB = 2**30
 
 def main(args: Any) -> None:
     if args.topology:
-        from dmdr_jax.planning.survey import ENVIRONMENT  # nothing but a compiler
+        from dmdr_jax.planning.compiler import ENVIRONMENT  # nothing but a compiler
 
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT, JAX_OPTIMIZATION_LEVEL="O0")
     import jax
 
     device = chip_of(args.topology) if args.topology else jax.devices()[0]

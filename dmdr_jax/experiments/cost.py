@@ -81,23 +81,18 @@ def stage_cost(config: Any, first: int, last: int) -> dict[str, float]:
 
 
 def ode_cost(config: Any, run: Any) -> float:
-    """The regression before the cold start: the teacher's pairs, and three forward passes' worth for each update."""
+    """The regression before the cold start: the teacher's pairs and the updates."""
     if not config.ode.steps:
         return 0.0
     import jax
-    import jax.numpy as jnp
 
-    from dmdr_jax.diffusion.denoiser import Weights
+    from dmdr_jax.training.abstract import AbstractOde
+    from dmdr_jax.training.ode import ode_step, teacher_latents
 
-    latents = jax.ShapeDtypeStruct((config.batch, *run.plan.latent_shape), jnp.float32)
-    times = jax.ShapeDtypeStruct((config.batch,), jnp.float32)
-
-    def forward(base: Any, z: Any, t: Any, cond: Any) -> Any:
-        return run.plan.denoiser.output(Weights(base), z, t, cond)
-
-    one = count(jax.make_jaxpr(forward)(run.frozen.base, latents, times, run.batch.cond)) / config.batch
-    guided = 2 if (config.ode.guidance or config.guidance.scale) > 1 else 1
-    return one * (config.ode.pairs * config.ode.teacher_steps * guided + 3 * config.ode.steps * config.ode.batch)
+    ode = AbstractOde.of(config, run)
+    pair = count(jax.make_jaxpr(partial(teacher_latents, ode.stage))(*ode.pairs)) / config.ode.batch
+    update = count(jax.make_jaxpr(partial(ode_step, ode.stage))(*ode.regression))
+    return config.ode.pairs * pair + config.ode.steps * update
 
 
 if __name__ == "__main__":

@@ -134,9 +134,9 @@ def time_of(program: Program, facts: Facts, chip: Chip) -> Time:
 
 
 def chip_hours(facts: Facts, times: dict[str, Time], chip: Chip) -> float:
-    """Of all stages: an earlier stage's update is taken to send as much as the last one's."""
+    """Of all stages, that before the run too: an earlier stage's update is taken to send as much as the last one's."""
     last, fake = times[GENERATOR], times[FAKE].bound if FAKE in times else 0.0
-    seconds, left = 0.0, facts.steps
+    seconds, left = sum(count * times[name].bound for name, count in facts.before.items()), facts.steps
     for steps, flops, fakes in facts.earlier:
         seconds += steps * (max(flops / chip.flops, last.links) + fakes * fake)
         left -= steps

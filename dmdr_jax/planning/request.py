@@ -4,9 +4,10 @@ import dataclasses
 import json
 from typing import Any
 
-FAKE, GENERATOR, DRAWING = "fake", "generator", "drawing"
+FAKE, GENERATOR, DRAWING, PAIRS, REGRESSION = "fake", "generator", "drawing", "pairs", "regression"
 UPDATES = (FAKE, GENERATOR)
-PROGRAMS = (*UPDATES, DRAWING)
+PROGRAMS = (*UPDATES, DRAWING, PAIRS, REGRESSION)
+"""Grids are drawn where there are any; pairs, and a regression on them, are of the stage before a run (`ode`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Facts:
       steps: generator updates.
       earlier: of each stage before the last, its generator updates, the operations of one on a device, and the fake
         updates with it.
+      before: how often each program of the stage before the run is run.
     """
 
     topology: str
@@ -90,6 +92,7 @@ class Facts:
     fake_updates: int
     steps: int
     earlier: tuple[tuple[int, float, int], ...]
+    before: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Facts":

@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.planning import topology
+from dmdr_jax.planning.compiler import ENVIRONMENT
 from dmdr_jax.planning.judge import Answer, judge
 from dmdr_jax.planning.request import PROGRAMS, Facts, Request
-from dmdr_jax.planning.survey import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 2
@@ -40,9 +41,16 @@ def _survey(request: Request, names: Sequence[str]) -> Facts:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
     environment.pop("XLA_FLAGS", None)  # flags for another compiler
-    done = subprocess.run(
-        command, input=request.to_json(), env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+    with tempfile.TemporaryDirectory(prefix="dmdr_plan_") as environment["TMPDIR"]:
+        done = subprocess.run(
+            command,
+            input=request.to_json(),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")

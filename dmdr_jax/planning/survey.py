@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from typing import Any, NamedTuple
@@ -16,21 +17,8 @@ from typing import Any, NamedTuple
 from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 from dmdr_jax.planning import topology
-from dmdr_jax.planning.request import DRAWING, FAKE, GENERATOR, Facts, Program, Request
+from dmdr_jax.planning.request import DRAWING, FAKE, GENERATOR, PAIRS, REGRESSION, UPDATES, Facts, Program, Request
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_OPTIMIZATION_LEVEL": "O0",  # a tenth of the time; products and collectives are the same
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any will do
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-"""For libtpu in a process without a TPU; it would ask the network for one."""
-
-# Products overlapped with their gathers would otherwise be written as loops of permutations, which cannot be counted.
-OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 REFUSED = "RESOURCE_EXHAUSTED"
 
 
@@ -42,6 +30,7 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
     """
     from dmdr_jax.planning.accounting import held
     from dmdr_jax.planning.work import measure
+    from dmdr_jax.training import setup
     from dmdr_jax.training.abstract import AbstractRun
 
     where = topology.parse(request.topology)
@@ -49,15 +38,17 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
     plain = AbstractRun.of(config)
     layout = place(config, where, plain, request.compiled)
     run = plain.attending(config, layout.mesh) if request.compiled else plain
-    layout.check_batch(config.batch)
+    setup.check_batches(config, layout)
     del plain
-    placed, stages = run.placed(layout), stages_of(config, run)
+    placed, stages, before = run.placed(layout), stages_of(config, run), before_it(config)
     programs = {}
     for name in names:
-        if name != DRAWING:
+        if name in UPDATES:
             traced, inputs = trace(name, placed, layout, stages[-1].terms), (placed.state, placed.frozen, placed.batch)
-        elif images := drawn(config):
+        elif name == DRAWING and (images := drawn(config)):
             traced, inputs = placed.trace_drawing(layout, images)
+        elif name in before:
+            traced, inputs = trace_before(name, config, placed, layout)
         else:
             continue
         known = examine(name, traced, are_split(inputs), where.chips)
@@ -78,6 +69,7 @@ def survey(request: Request, names: tuple[str, ...]) -> Facts:
         fake_updates=stages[-1].fake_updates,
         steps=config.steps,
         earlier=tuple(earlier),
+        before=before,
     )
 
 
@@ -146,6 +138,24 @@ def trace(name: str, run: Any, layout: Any, terms: Any) -> Any:
     return jitted.trace(run.state, run.frozen, run.batch)
 
 
+def before_it(config: Any) -> dict[str, int]:
+    """How often each program runs in the stage before the run, if there is one."""
+    if not config.ode.steps:
+        return {}
+    return {PAIRS: math.ceil(config.ode.pairs / config.ode.batch), REGRESSION: config.ode.steps}
+
+
+def trace_before(name: str, config: Any, run: Any, layout: Any) -> tuple[Any, Any]:
+    """A program of the stage before a placed run, traced, and its inputs."""
+    from dmdr_jax.training import ode
+    from dmdr_jax.training.abstract import AbstractOde
+
+    first = AbstractOde.of(config, run).placed(layout)
+    if name == PAIRS:
+        return ode.pairs_program(first.stage, layout).trace(*first.pairs), first.pairs
+    return ode.regression_program(first.stage, layout, first.state).trace(*first.regression), first.regression
+
+
 def drawn(config: Any) -> int:
     """How many images a run draws at once: a grid, or the watch's canaries."""
     return max(config.preview.images, config.watch.count if config.watch.every else 0)
@@ -169,18 +179,16 @@ def examine(name: str, traced: Any, split: list[bool], chips: int) -> Program:
 
 def compile_program(traced: Any, known: Program, fsdp: int) -> Program:
     """And what the compiler makes of it."""
-    from dmdr_jax.planning import hlo
+    from dmdr_jax.planning import compiler, hlo
 
     start = time.perf_counter()
     try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=OPTIONS)
-    except Exception as error:  # of XLA, as one kind with a message
+        compiled = compiler.ask(traced)
+    except RuntimeError as error:  # of XLA, as one kind with a message
         if REFUSED not in str(error):
             raise
         return dataclasses.replace(known, error=first_sentence(str(error)), seconds=time.perf_counter() - start)
-    found, memory = hlo.collectives(compiled.as_text()), compiled.memory_analysis()
-    temp = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    temp += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = hlo.collectives(compiled.text)
     return dataclasses.replace(
         known,
         gathered=hlo.total(found, hlo.GATHER),
@@ -188,9 +196,9 @@ def compile_program(traced: Any, known: Program, fsdp: int) -> Program:
         reduced=hlo.total(found, hlo.REDUCE),
         other=hlo.total(found, hlo.OTHER),
         largest_reduced=hlo.largest_whole(found, fsdp),
-        arguments=memory.argument_size_in_bytes,
-        temp=temp,
-        peak=memory.peak_memory_in_bytes,
+        arguments=compiled.arguments,
+        temp=compiled.temp,
+        peak=compiled.peak,
         seconds=time.perf_counter() - start,
     )
 
@@ -208,7 +216,8 @@ def main() -> None:
         answer = {"refused": str(error)}
     answer = json.loads(json.dumps(answer, default=float))
     assert all(math.isfinite(x) for x in answer.get("facts", {}).get("held", {}).values())
-    print(json.dumps(answer))
+    print(json.dumps(answer), flush=True)
+    os._exit(0)  # the compiler may still be writing machine code
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ NAMES = {
     "text": "text encoders, rewards' too",
     "batch": "prompts of a batch, unconditional one",
 }
-COMPILED = "HBM by libtpu's compiler, at optimisation level O0; times are a roofline: bounds that no real step reaches."
+COMPILED = "HBM as libtpu's compiler assigns it; times are a roofline: bounds that no real step reaches."
 ARITHMETIC = (
     "Not compiled (--nocompile, or libtpu is not installed): this is arithmetic on shapes. What a program itself needs"
     " is not counted, so that green may not fit, and gathers are those that the program asks for. pip install libtpu"

@@ -16,17 +16,18 @@ from dmdr_jax.diffusers_io.published import abstract_pipeline
 from dmdr_jax.diffusers_io.text import CLIP_TOWERS, T5, encode, encode_uncond, is_text_encoder
 from dmdr_jax.generate import trace_drawing
 from dmdr_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
-from dmdr_jax.models.conditioning import map_rows
+from dmdr_jax.models.conditioning import Conditioning, map_rows
 from dmdr_jax.objectives.base import Term
 from dmdr_jax.rewards.base import RewardSpec
 from dmdr_jax.rewards.clip_reward import ClipReward, Preprocessing, abstract_clip, shape_of, split_params, towers
 from dmdr_jax.shapes.assets import resolve
-from dmdr_jax.training import setup
+from dmdr_jax.training import ode, setup
 from dmdr_jax.training.layout import Layout
 from dmdr_jax.training.mesh_choice import Residents, residents
 from dmdr_jax.training.plan import RealImages
 from dmdr_jax.training.preview import batch_of, student_recipe
 from dmdr_jax.training.real_images import count_images
+from dmdr_jax.training.sharding import batch_sharding
 from dmdr_jax.training.state import TrainState
 from dmdr_jax.training.step import Batch, Frozen, Plan, fake_step, generator_step, generator_weights
 
@@ -139,13 +140,7 @@ class AbstractRun:
 
     def _text(self, rows: int) -> Any:
         """So many prompts as drawing takes them: token ids, or what text encoders that have left made of them."""
-        if ids := _token_ids(self.pipeline, rows):
-            return ids
-
-        def of_rows(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
-
-        return map_rows(of_rows, dataclasses.replace(self.batch.cond, time_ids=None))
+        return _token_ids(self.pipeline, rows) or _rows_of(dataclasses.replace(self.batch.cond, time_ids=None), rows)
 
     def trace(self, step: int | None = None) -> tuple[TrainState, TrainState]:
         """The states after a fake update and after a generator update, as shapes; a mistake in either raises.
@@ -158,6 +153,53 @@ class AbstractRun:
         after_fake, _ = jax.eval_shape(partial(fake_step, self.plan), *inputs)
         after_generator, _ = jax.eval_shape(partial(generator_step, self.plan, terms), *inputs)
         return after_fake, after_generator
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractOde:
+    """The stage before a run (`dmdr_jax.training.ode`), over shapes likewise."""
+
+    stage: ode.Stage
+    state: ode.OdeState
+    base: Tree
+    uncond: Conditioning
+    batch: ode.OdeBatch
+
+    @classmethod
+    def of(cls, config: Any, run: AbstractRun) -> "AbstractOde":
+        """The stage of a run that has one."""
+        stage, rows = ode.Stage.make(config, run.pipeline, run.plan), config.ode.batch
+        state = jax.eval_shape(partial(ode.first_state, config, run.pipeline.family, stage), run.frozen.base)
+        pair: Any = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+        latents: Any = jax.ShapeDtypeStruct((rows, *run.plan.latent_shape), jnp.float32)
+        batch = ode.OdeBatch(pair, _rows_of(run.batch.cond, rows), latents)
+        return cls(stage, state, run.frozen.base, run.frozen.uncond, batch)
+
+    @property
+    def pairs(self) -> tuple[Any, ...]:
+        """What the drawing of a batch of pairs is given."""
+        return self.base, self.uncond, self.batch.pair, self.batch.cond
+
+    @property
+    def regression(self) -> tuple[Any, ...]:
+        """What an update is given."""
+        return self.state, self.base, self.batch
+
+    def placed(self, layout: Layout) -> "AbstractOde":
+        """The same stage, of a placed run, with every shape placed; its batch divides over the mesh."""
+        shardings = layout.batch_shardings(self.batch)
+        shardings = shardings.replace(pair=batch_sharding(layout.mesh, len(self.batch.pair)))
+        batch = layout.with_shardings(self.batch, shardings)
+        return dataclasses.replace(self, state=layout.abstract_state(self.state), batch=batch)
+
+
+def _rows_of(cond: Conditioning, rows: int) -> Conditioning:
+    """The shapes of so many prompts."""
+
+    def of_rows(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+
+    return map_rows(of_rows, cond)
 
 
 def abstract_reward(spec: RewardSpec, dtype: Any, remat: bool) -> ClipReward:

@@ -12,7 +12,6 @@ from dmdr_jax.rewards.base import Reward
 from dmdr_jax.rewards.scoring import gathers_layers
 from dmdr_jax.training import sharding
 from dmdr_jax.training.rules import FROZEN, SPLIT_COMPONENTS, WHOLE
-from dmdr_jax.training.state import TrainState
 
 Tree = Any
 
@@ -108,7 +107,7 @@ class Layout:
 
         return jax.tree.map(where, abstract)
 
-    def abstract_state(self, state: TrainState) -> TrainState:
+    def abstract_state(self, state: Tree) -> Any:
         """Shapes with shardings: a moment is placed like the parameter it follows, scalars on every device."""
         return self.with_shardings(state, sharding.parameter_shardings(self.mesh, state))
 

@@ -220,6 +220,11 @@ def teacher_latents(stage: Stage, base: Tree, uncond: Conditioning, pair: Array,
     return sample(output_fn, denoiser.process, recipe.kernel, first, recipe.grid, stage.key("kernel", 0))
 
 
+def pairs_program(stage: Stage, layout: Layout) -> Any:
+    """`teacher_latents` on a mesh, jitted: ``(base, uncond, pair, cond) -> latents``."""
+    return jax.jit(layout.on_mesh(partial(teacher_latents, stage)))
+
+
 def draw_pairs(stage: Stage, pairs: Pairs, frozen: Frozen, batch: int, stop: Stop = runtime.never) -> bool:
     """Draws what the store lacks, a shard per batch; while one is written the next is being drawn.
 
@@ -229,7 +234,7 @@ def draw_pairs(stage: Stage, pairs: Pairs, frozen: Frozen, batch: int, stop: Sto
     total, store = len(pairs), pairs.store
     if len(store) >= total:
         return True
-    draw = jax.jit(pairs.layout.on_mesh(partial(teacher_latents, stage)))
+    draw = pairs_program(stage, pairs.layout)
     with Progress(total, len(store), unit="pair", stage=lambda step: "teacher's pairs") as progress:
         recipe = f"{len(stage.recipe.grid) - 1} steps, guidance {stage.recipe.guidance:g}"
         progress.note(f"ode: the teacher draws {total} pairs ({recipe}) into {store.folder}, from pair {len(store)}")
@@ -280,6 +285,11 @@ def ode_step(stage: Stage, state: OdeState, base: Tree, batch: OdeBatch) -> tupl
     return OdeState(state.step + 1, generator, opt, ema_update(state.ema, generator, stage.ema_decay)), metrics
 
 
+def regression_program(stage: Stage, layout: Layout, state: OdeState) -> Any:
+    """`ode_step` on a mesh, jitted; see `dmdr_jax.training.programs.update_program`."""
+    return update_program(partial(ode_step, stage), layout, state)
+
+
 def regress(
     config: Any,
     stage: Stage,
@@ -292,7 +302,7 @@ def regress(
 ) -> OdeState:
     """From ``state`` to ``config.ode.steps`` updates or to where it is stopped, with checkpoints and curves."""
     start, steps = int(state.step), config.ode.steps
-    update = update_program(partial(ode_step, stage), pairs.layout, state)
+    update = regression_program(stage, pairs.layout, state)
     order = PromptStream(pairs.prompts, config.ode.batch, config.seed)  # of the pairs, as of a run's prompts
     with (
         MetricWriter(pairs.store.folder, start) as writer,

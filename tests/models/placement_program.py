@@ -8,7 +8,7 @@ import os
 import sys
 from functools import partial
 
-from dmdr_jax.planning.survey import ENVIRONMENT, OPTIONS
+from dmdr_jax.planning.compiler import ENVIRONMENT, OPTIONS
 
 os.environ.update(ENVIRONMENT)
 
