@@ -5,8 +5,7 @@ Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/metho
           methods.py:all has every preset of dmdr_jax/methods.py that needs neither a one-step student nor words that
           the embedded world's rewards do not know (dmdr_srpo); it shows the rows of methods.py again, so run that too.
           methods.py:signal asks what holds GRPO, DPO and RTDMD back, one change at a time from their rows.
-          methods.py:one_step has those that are made for one step, beside the rows of main.py:sdxl_1step, so run that
-          too.
+          methods.py:one_step has those that are made for one step.
 
 All start from the same cold start, DMD alone: as its copy where they keep no more state than it does, else by making
 it again with the same seed. Equal generator steps; one of GDMD's is `fake.updates` student updates. DMD2 alone sees
@@ -15,7 +14,7 @@ images: its discriminator has renders of the training prompts, which no other me
 
 from typing import Any
 
-from configs.shapes.experiments.main import CONFIG, MODEL, SHAPES, TEACHER, reward_weights, rewards_from
+from configs.shapes.experiments.main import CONFIG, MODEL, TEACHER, reward_weights, rewards_from
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments.spec import Bars, Experiment, Figure, Logged, Pareto, Row, arguments_of
 
@@ -37,6 +36,8 @@ OWN = {"dmd2": {"gan.images": "shapes:small:train"}}
 """Settings that a method would do nothing of its own without."""
 ONE_STEP = ("gdmd", "drpo")
 """Methods that want no randomness of the sampler, so that one step is enough."""
+REGRESSION = {"steps": 300, "pairs": 1536, "teacher_steps": 15, "batch": 64, "lr": 1e-3}
+"""Of a one-step student on the teacher's pairs, as configs/shapes/sdxl_1step.py has it."""
 MEASURES = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
 
 EQUAL = {
@@ -77,16 +78,28 @@ def borrowed(row: Row) -> Row:
 
 
 def one_step() -> Experiment:
-    """The SDXL shape's one-step student by the methods that are made for it; both begin as the other rows do."""
-    config, model, _ = SHAPES["sdxl_1step"]
-    steps = {"steps": UPDATES}
-    rows = [Row(label, title, of="main_sdxl_1step") for label, title in (("dmd", "DMD only"), ("dmdr", "DMDR"))]
-    rows += [Row(m, m, config=config, overrides={"method": m, **steps, **rewards_from(COLD)}) for m in ONE_STEP]
+    """A one-step student by the methods that are made for it, beside DMD and DMDR; all begin with a regression."""
+    start: dict[str, Any] = {"student.steps": 1, "dynamics.dg": 0.0}
+    start |= {f"ode.{key}": value for key, value in REGRESSION.items()}
+    alone = start | reward_weights(0.0)
+    cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone})
+    distil = Row("distil", "DMD only", config=CONFIG, overrides={"steps": UPDATES, **alone}, after="cold")
+    rewarded = start | rewards_from(COLD) | {"steps": UPDATES}
+    dmdr = Row("dmdr", "DMDR", config=CONFIG, overrides=rewarded, after="cold")
+    rows = [Row(method, method, config=CONFIG, overrides={"method": method, **rewarded}) for method in ONE_STEP]
+    teacher = dict(TEACHER, steps=1)
     return Experiment(
         name="methods_one_step",
-        rows=(Row("teacher", "teacher, 25 steps", of="main_sdxl_1step"), *rows),
-        teacher=arguments_of(model, TEACHER),
-        pairs=tuple((label, other) for label in ONE_STEP for other in ("dmd", "dmdr")),
+        rows=(
+            Row("teacher", "teacher, 25 steps", of="methods"),
+            Row("teacher_one", "teacher, 1 step", model=MODEL, draw=teacher),
+            cold,
+            distil,
+            dmdr,
+            *rows,
+        ),
+        teacher=arguments_of(MODEL, TEACHER),
+        pairs=(("dmdr", "distil"), *((label, other) for label in ONE_STEP for other in ("distil", "dmdr"))),
         figures=(Bars(MEASURES), Pareto("strict", "flops")),
     )
 
