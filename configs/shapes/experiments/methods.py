@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.shapes.experiments.main import CONFIG, MODEL, TEACHER, reward_weights, rewards_from
 from dmdr_jax.errors import UserError
-from dmdr_jax.experiments.spec import Bars, Experiment, Figure, Logged, Pareto, Row, arguments_of
+from dmdr_jax.experiments.spec import Bars, Experiment, Logged, Pareto, Row, arguments_of
 
 COLD, UPDATES = 250, 500
 TABLE = {
@@ -127,17 +127,17 @@ def signal() -> Experiment:
     def changed(label: str) -> Row:
         method, title, own = SIGNAL[label]
         settings = {"method": method, "steps": UPDATES, **rewards_from(COLD), **own}
-        after = "cold" if method.endswith(("grpo", "grpo_only")) else ""
+        after = "cold" if method in (*COPIES, "grpo_only") else ""  # GRPO without its KL term keeps no reference
         return Row(label, title, config=CONFIG, overrides=settings, after=after)
 
-    titles, known = {"distil": "DMD only"} | TABLE, ("distil", "grpo_only", "dmdr_grpo", "dpo_only")
-    cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **reward_weights(0.0)})
+    cold, distil = distilled()
+    known = (distil, *(trained(method, TABLE[method]) for method in ("grpo_only", "dmdr_grpo", "dpo_only")))
     return Experiment(
         name="methods_signal",
         rows=(
             Row("teacher", "teacher, 25 steps", of="methods"),
             cold,
-            *(Row(label, titles[label], of="methods") for label in known),
+            *map(borrowed, known),
             Row("rtdmd", "RTDMD", of="methods_all"),
             *map(changed, SIGNAL),
         ),
@@ -154,41 +154,52 @@ def signal() -> Experiment:
 
 
 def get_experiment(which: str = "table5") -> Experiment:
-    if which not in ("table5", "all", "signal", "one_step"):
-        raise UserError(f"unknown choice {which!r}; choose table5, all, signal or one_step.")
-    if which in OTHER_QUESTIONS:
-        return OTHER_QUESTIONS[which]()
-    alone, table = reward_weights(0.0), which == "table5"
-    teacher = Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER)
+    if which not in QUESTIONS:
+        *most, last = QUESTIONS
+        raise UserError(f"unknown choice {which!r}; choose {', '.join(most)} or {last}.")
+    return QUESTIONS[which]()
+
+
+def distilled() -> tuple[Row, Row]:
+    """The cold start of the four-step rows, and DMD alone that goes on from it."""
+    alone = reward_weights(0.0)
     cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone})
-    distil = Row("distil", "DMD only", config=CONFIG, overrides={"steps": UPDATES, **alone}, after="cold")
-    rows = [distil, *(trained(method, title) for method, title in TABLE.items())]
-    if table:
-        pairs = [(row.label, "distil") for row in rows[1:]]
-        pairs += [(f"{name}_only", "cold") for name in ALGORITHMS]
-        pairs += [(f"dmdr_{name}", f"{name}_only") for name in ALGORITHMS]
-        pairs += [("dmdr_refl", "teacher")]
-        shown: tuple[tuple[str, ...], ...] = ((),)
-    else:
-        others = [trained(method, method) for method in OTHERS]
-        equal = [at_equal_compute(row) for row in (*rows, *others) if row.label in EQUAL]
-        rows = [*map(borrowed, rows), *others, *equal]
-        pairs = [(row.label, other) for row in others for other in ("distil", "dmdr_refl")]
-        pairs += [(row.label, "dmdr_refl") for row in equal]
-        updates = tuple(row.label for row in (distil, *rows[1:]) if row not in equal)
-        compute = tuple(f"{label}_equal" if label in EQUAL else label for label in updates)
-        teacher, shown = borrowed(teacher), (("teacher", "cold", *updates), ("teacher", *compute))
-    figures: list[Figure] = [Bars(MEASURES, labels) for labels in shown]
-    if table:
-        logged = Logged("reward/shapes_clip", tuple((f"{name}_only", f"dmdr_{name}") for name in ALGORITHMS))
-        figures += [Pareto("strict", "flops"), logged]
+    return cold, Row("distil", "DMD only", config=CONFIG, overrides={"steps": UPDATES, **alone}, after="cold")
+
+
+def table5() -> Experiment:
+    cold, distil = distilled()
+    rows = [trained(method, title) for method, title in TABLE.items()]
+    pairs = [(row.label, "distil") for row in rows]
+    pairs += [(f"{name}_only", "cold") for name in ALGORITHMS]
+    pairs += [(f"dmdr_{name}", f"{name}_only") for name in ALGORITHMS]
+    logged = Logged("reward/shapes_clip", tuple((f"{name}_only", f"dmdr_{name}") for name in ALGORITHMS))
     return Experiment(
-        name="methods" if table else "methods_all",
-        rows=(teacher, cold, *rows),
+        name="methods",
+        rows=(Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER), cold, distil, *rows),
         teacher=arguments_of(MODEL, TEACHER),
-        pairs=tuple(pairs),
-        figures=tuple(figures),
+        pairs=(*pairs, ("dmdr_refl", "teacher")),
+        figures=(Bars(MEASURES), Pareto("strict", "flops"), logged),
     )
 
 
-OTHER_QUESTIONS = {"signal": signal, "one_step": one_step}
+def side_by_side() -> Experiment:
+    """All methods, at equal updates and at equal compute."""
+    cold, distil = distilled()
+    table = [distil, *(trained(method, title) for method, title in TABLE.items())]
+    others = [trained(method, method) for method in OTHERS]
+    equal = [at_equal_compute(row) for row in (*table, *others) if row.label in EQUAL]
+    pairs = [(row.label, other) for row in others for other in ("distil", "dmdr_refl")]
+    updates = tuple(row.label for row in (*table, *others))
+    compute = tuple(f"{label}_equal" if label in EQUAL else label for label in updates)
+    teacher = Row("teacher", "teacher, 25 steps", of="methods")
+    return Experiment(
+        name="methods_all",
+        rows=(teacher, cold, *map(borrowed, table), *others, *equal),
+        teacher=arguments_of(MODEL, TEACHER),
+        pairs=(*pairs, *((row.label, "dmdr_refl") for row in equal)),
+        figures=(Bars(MEASURES, ("teacher", "cold", *updates)), Bars(MEASURES, ("teacher", *compute))),
+    )
+
+
+QUESTIONS = {"table5": table5, "all": side_by_side, "signal": signal, "one_step": one_step}
