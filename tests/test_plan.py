@@ -236,7 +236,6 @@ def test_pairs_that_do_not_divide_over_the_slice_are_refused():
 
 
 @needs_libtpu
-@pytest.mark.slow
 def test_sd3_medium_full_compiles_for_eight_chips():
     """The row of docs/tpu.md at a quarter of its pixels; gathers as by hand, no gradient summed whole."""
     answer = runner.answer(Request("configs/sd3_medium.py", SD3_FULL, "v5e:2x4", 1))
@@ -249,7 +248,6 @@ def test_sd3_medium_full_compiles_for_eight_chips():
 
 
 @needs_libtpu
-@pytest.mark.slow
 def test_sd3_medium_lora_fits_one_chip():
     """A LoRA at 512 px with two rewards on one v5e chip, without T5."""
     overrides = ("t5=false", "rewards.clip.weight=0.3", "rewards.hps.weight=0.3", "reward_microbatch=1")

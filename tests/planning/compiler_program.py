@@ -5,7 +5,6 @@ python -m tests.planning.compiler_program
 
 import json
 import os
-import tempfile
 from typing import Any
 
 from dmdr_jax.planning import compiler
@@ -47,17 +46,41 @@ def main() -> None:
         sent = [hlo.total(found, hlo.GATHER), hlo.total(found, hlo.SCATTER) + hlo.total(found, hlo.REDUCE)]
         return {"sent": sent, "arguments": compiled.arguments, "peak": compiled.peak}
 
-    with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        told = compiler.ask(traced)
-        whole = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=compiler.OPTIONS)
-        of_whole = facts(compiler._of_executable(whole))
-        code = whole.memory_analysis().generated_code_size_in_bytes
-        compiler.LAST = "nothing is called so"
-        of_silent = facts(compiler.ask(traced))
-    answers = [facts(told) | {"code": compiler.CODE * len(told.text)}, of_whole | {"code": code}, of_silent]
-    answers[2] |= {"code": code}
+    told = compiler.ask(traced)
+    whole = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=compiler.OPTIONS)
+    answers = [facts(told) | {"code": compiler.CODE * len(told.text)}]
+    answers += [about_the_limit(rows) for rows in (240_000, 260_000)]
+    compiler.LAST = "nothing is called so"
+    for compiled in (compiler._of_executable(whole), compiler.ask(traced)):
+        answers.append(facts(compiled) | {"code": whole.memory_analysis().generated_code_size_in_bytes})
     print(json.dumps(answers), flush=True)
     os._exit(0)
+
+
+def about_the_limit(rows: int) -> dict[str, Any]:
+    """A program that about fills a v5e chip: what is told of its memory, and by the executable or why there is none."""
+    import jax
+    import jax.numpy as jnp
+
+    from dmdr_jax.planning import topology
+
+    here = jax.sharding.SingleDeviceSharding(topology.describe_devices(topology.parse("v5e-1"))[0])
+
+    def loss(kernels: jax.Array, x: jax.Array) -> jax.Array:
+        layer = jax.checkpoint(lambda x, kernel: jnp.tanh(jnp.tanh(x @ kernel) @ kernel.T) + x)
+        x, _ = jax.lax.scan(lambda x, kernel: (layer(x, kernel), None), x, kernels)
+        return (x**2).mean()
+
+    kernels = jax.ShapeDtypeStruct((12, 1024, 1024), jnp.float32, sharding=here)
+    x = jax.ShapeDtypeStruct((rows, 1024), jnp.float32, sharding=here)
+    traced = jax.jit(jax.grad(loss)).trace(kernels, x)
+    told = compiler.ask(traced)
+    found: dict[str, Any] = {"told": told.arguments + told.temp - compiler.CODE * len(told.text)}
+    try:
+        memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    except RuntimeError as error:
+        return found | {"refused": str(error)}
+    return found | {"said": memory.argument_size_in_bytes + memory.temp_size_in_bytes}
 
 
 if __name__ == "__main__":

@@ -71,14 +71,19 @@ def test_what_is_written_otherwise_is_not_guessed_at(assignment, lives):
 
 
 @pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed")
-def test_a_stopped_compilation_says_what_a_whole_one_does():
+def test_a_stopped_compilation_says_what_a_whole_one_does(tmp_path):
     """A scan over layers with recomputation on a mesh, compiled to its end and as far as memory is assigned."""
     line = [sys.executable, "-m", "tests.planning.compiler_program"]
-    result = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    result = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    told, executable, again = json.loads(result.stdout)
+    told, fits, refused, executable, again = json.loads(result.stdout)
     assert told["sent"] == executable["sent"] and min(told["sent"]) > 0
     assert told["arguments"] == executable["arguments"]
     assert told["peak"] - told["code"] == pytest.approx(executable["peak"], rel=0.01)
     assert 0.2 < told["code"] / executable["code"] < 5
     assert again == executable  # what is said where the compiler writes nothing down
+    # By what is told here the compiler refuses, and not by what it says of an executable.
+    limit = 15.75 * 2**30
+    assert fits["told"] < limit < fits["said"]
+    assert limit < refused["told"] and f"({refused['told'] / 2**30:.2f}G) exceeds" in refused["refused"]
