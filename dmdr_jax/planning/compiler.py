@@ -15,6 +15,7 @@ from dmdr_jax.planning import buffers
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is found there has nothing written about it
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any will do
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -61,9 +62,9 @@ def ask(traced: Any) -> Compiled:
     folder = Path(tempfile.mkdtemp())
     options = {**OPTIONS, "xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     done = _in_background(lambda: lowered.compile(compiler_options=options))
-    while not (found := _read(folder)) and not done.done():
+    while not (_report(folder) or done.done()):
         time.sleep(_POLL)
-    return found or _read(folder) or _of_executable(done.result())
+    return _read(folder) or _of_executable(done.result())
 
 
 def _in_background(function: Any) -> Future[Any]:
@@ -80,12 +81,17 @@ def _in_background(function: Any) -> Future[Any]:
     return future
 
 
+def _report(folder: Path) -> Path | None:
+    """What the compiler writes once it has assigned memory."""
+    return next(folder.glob(f"*-{LAST}"), None)
+
+
 def _read(folder: Path) -> Compiled | None:
-    """What the compiler has written; None before memory is assigned."""
-    reports = sorted(folder.glob(f"*-{LAST}"))
-    if not reports:
+    """What the compiler has written; None where it has not, or otherwise than is known here."""
+    report = _report(folder)
+    if report is None:
         return None
-    stem = str(reports[-1]).removesuffix(f"-{LAST}")
+    stem = str(report).removesuffix(f"-{LAST}")
     assignment, lives, text = (Path(f"{stem}{end}") for end in ("-buffer-assignment.txt", "-live-range.txt", ".txt"))
     found = buffers.parse(assignment.read_text(), lives.read_text())
     if found is None:
