@@ -116,6 +116,21 @@ def test_rows_at_equal_compute_cost_the_same(tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_rows_of_one_step_at_equal_compute_cost_the_same(tmp_path):
+    experiment = load("configs/shapes/experiments/methods.py:one_step")
+
+    def cost(label):
+        stages = jobs.Job(experiment, experiment.row(label), 0, tmp_path).stages()
+        found = [(cli.load_config(s["config"], s["overrides"]), s["first"], s["last"]) for s in stages]
+        return sum(stage_cost(*stage)["training"] for stage in found)
+
+    expected = cost("dmdr")
+    equal = {row.label: cost(row.label) / expected for row in experiment.rows if row.label.endswith("_equal")}
+    assert equal == {label: pytest.approx(1.0, abs=0.01) for label in ("distil_equal", "drpo_equal")}
+    assert cost("gdmd") / expected == pytest.approx(1.1, abs=0.01)
+
+
 def test_names_of_experiments_differ():
     names = [load(spec).name for spec in EXPERIMENTS]
     assert len(set(names)) == len(names)
