@@ -13,7 +13,7 @@ from dmdr_jax.evaluation.curves import ticks
 
 WIDTH, HEIGHT = 380, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 42
-BAR, BAR_LEFT, LETTER = 24, 20, 6.3  # pixels: of a bar, beside its names, of a letter
+BAR, BAR_LEFT, LETTER = 24, 20, 7.1  # pixels: of a bar, beside its names, of a letter
 KEY_LINE, NAME_HEIGHT = 17, 13
 COLORS = ("#0f6f78", "#c4622d", "#6b55b8", "#7d8b2f", "#b3376b", "#3c6fc4", "#8a6d3b", "#4d4d4d")
 
