@@ -256,16 +256,16 @@ def test_sd3_medium_lora_fits_one_chip():
 
 
 @needs_libtpu
-def test_a_small_run_compiles_for_eight_chips():
+def test_a_small_run_compiles_for_eight_chips(monkeypatch):
     """The embedded world's student, trained whole on a slice, with its parameters split."""
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")  # else what is as small as this is kept for the next pass
     overrides = ("generator.kind=full", "mesh.fsdp=8", "mesh.base=split", "remat=full", "ode.steps=9", "method=dmd")
     overrides += ("ode.batch=8", "ode.teacher_steps=2")
     answer = runner.answer(Request("configs/shapes/sd3.py", overrides, "v5e:2x4", 1))
     assert answer.verdict == judge.GREEN and answer.compiled
     assert tuple(answer.facts.programs) == PROGRAMS
     for name, program in answer.facts.programs.items():
-        # What is as small as this the compiler may keep for the next pass.
-        assert 0.7 * program.declared < program.gathered < 1.05 * program.declared, name
+        assert program.gathered == pytest.approx(program.declared, rel=0.05), name
         # Of what is small enough to be whole on every device, the sums are whole: of a stack, in one array.
         assert program.largest_reduced < 2**17
         assert program.peak > 0 and program.temp > 0

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,17 +97,20 @@ def test_every_experiment_can_be_run(spec):
     assert experiment.row("teacher") is experiment.rows[0]
 
 
+def training_cost(folder, experiment, label):
+    """Operations of a row, with all that led to it."""
+    stages = jobs.Job(experiment, experiment.row(label), 0, folder).stages()
+    found = [(cli.load_config(s["config"], s["overrides"]), s["first"], s["last"]) for s in stages]
+    return sum(stage_cost(*stage)["training"] for stage in found)
+
+
 @pytest.mark.slow
 def test_rows_at_equal_compute_cost_the_same(tmp_path):
     """pytest -m slow tests/test_sweep.py: two minutes of one core."""
     experiment = load("configs/shapes/experiments/methods.py:all")
     table = load("configs/shapes/experiments/methods.py")
 
-    def cost(owner, label):
-        stages = jobs.Job(owner, owner.row(label), 0, tmp_path).stages()
-        found = [(cli.load_config(s["config"], s["overrides"]), s["first"], s["last"]) for s in stages]
-        return sum(stage_cost(*stage)["training"] for stage in found)
-
+    cost = partial(training_cost, tmp_path)
     expected = cost(table, "dmdr_refl")
     (labels,) = (f.rows for f in experiment.figures if isinstance(f, Bars) and "distil_equal" in f.rows)
     rows = [(table if experiment.row(label).of == "methods" else experiment, label) for label in labels[1:]]
@@ -120,11 +124,7 @@ def test_rows_at_equal_compute_cost_the_same(tmp_path):
 def test_rows_of_one_step_at_equal_compute_cost_the_same(tmp_path):
     experiment = load("configs/shapes/experiments/methods.py:one_step")
 
-    def cost(label):
-        stages = jobs.Job(experiment, experiment.row(label), 0, tmp_path).stages()
-        found = [(cli.load_config(s["config"], s["overrides"]), s["first"], s["last"]) for s in stages]
-        return sum(stage_cost(*stage)["training"] for stage in found)
-
+    cost = partial(training_cost, tmp_path, experiment)
     expected = cost("dmdr")
     equal = {row.label: cost(row.label) / expected for row in experiment.rows if row.label.endswith("_equal")}
     assert equal == {label: pytest.approx(1.0, abs=0.01) for label in ("distil_equal", "drpo_equal")}

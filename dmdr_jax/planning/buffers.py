@@ -56,26 +56,15 @@ def parse(assignment: str, live_ranges: str) -> Buffers | None:
 
 
 def _allocations(text: str) -> Iterator[tuple[int, str, list[str]]]:
-    """Size, kind and values of each allocation in the large memory."""
-    size, kind, counts = 0, "", False
-    values: list[str] = []
-    for line in text.splitlines():
-        if match := _ALLOCATION.match(line):
-            if counts:
-                yield size, kind, values
-            size, kind, values, counts = int(match[1]), match[3], [], not match[2]
-        elif line.startswith(" value:"):
-            values.append(line)
-        elif not line.startswith(" "):
-            if counts:
-                yield size, kind, values
-            counts = False
-    if counts:
-        yield size, kind, values
+    """Size, kind and lines of each allocation in the large memory."""
+    for block in re.split(r"^(?=allocation )", text, flags=re.MULTILINE):
+        header, _, lines = block.partition("\n")
+        if (match := _ALLOCATION.match(header)) and not match[2]:
+            yield int(match[1]), match[3], lines.splitlines()
 
 
 def _values(lines: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, size and offset of the values of an allocation."""
+    """Name, size and offset of the values in the lines of an allocation."""
     for line in lines:
         if match := _VALUE.match(line):
             yield match[1] + (match[2] or "{}"), int(match[3]), int(match[4])

@@ -13,7 +13,7 @@ from dmdr_jax.errors import UserError
 from dmdr_jax.planning import topology
 from dmdr_jax.planning.compiler import ENVIRONMENT
 from dmdr_jax.planning.judge import Answer, judge
-from dmdr_jax.planning.request import PROGRAMS, Facts, Request
+from dmdr_jax.planning.request import DRAWING, PROGRAMS, UPDATES, Facts, Request
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 2
@@ -27,9 +27,12 @@ def answer(request: Request) -> Answer:
       UserError: what was asked is refused, or the compiler died.
     """
     where = topology.parse(request.topology)
-    groups: Sequence[tuple[str, ...]] = [(name,) for name in PROGRAMS] if request.compiled else [PROGRAMS]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(lambda names: _survey(request, names), groups))
+    if request.compiled:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = list(pool.map(lambda name: _survey(request, (name,)), (*UPDATES, DRAWING)))
+            found += pool.map(lambda name: _survey(request, (name,)), found[0].before)  # most runs have none
+    else:
+        found = [_survey(request, PROGRAMS)]
     programs = {name: program for facts in found for name, program in facts.programs.items()}
     facts = Facts.from_dict({**vars(found[0]), "programs": {}})  # the fake score's process knows the stages
     facts.programs.update(programs)

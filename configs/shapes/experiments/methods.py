@@ -12,6 +12,8 @@ it again with the same seed. Equal generator steps; one of GDMD's is `fake.updat
 images: its discriminator has renders of the training prompts, which no other method here is given.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from configs.shapes.experiments.main import CONFIG, MODEL, TEACHER, reward_weights, rewards_from
@@ -40,6 +42,7 @@ REGRESSION = {"steps": 300, "pairs": 1536, "teacher_steps": 15, "batch": 64, "lr
 """Of a one-step student on the teacher's pairs, as configs/shapes/sdxl_1step.py has it."""
 EQUAL_IN_ONE_STEP = {"distil": 562, "drpo": 852}
 """`EQUAL` for these rows and DMDR's cost; GDMD spends a tenth more than it at equal updates."""
+TEACHER_ROW = Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER)
 MEASURES = ("strict", "judge/shapes_judge", "reward/shapes_clip", "background_entropy")
 
 EQUAL = {
@@ -69,16 +72,14 @@ def trained(method: str, title: str) -> Row:
 def at_equal_compute(row: Row) -> Row:
     """A trained row again after as many updates as cost what those of ReFL + DMD do."""
     steps = EQUAL[row.label]
-    label, title = f"{row.label}_equal", f"{row.name}, {steps} updates"
-    if row.label in OTHERS:
-        return Row(label, title, after=f"{row.label}@{steps}")
-    return Row(label, title, config=row.config, overrides=dict(row.overrides) | {"steps": steps}, after=row.after)
+    again = until(row, steps, row.after)
+    return Row(again.label, again.title, after=f"{row.label}@{steps}") if row.label in OTHERS else again
 
 
-def longer(row: Row, steps: int) -> Row:
-    """A trained row that goes on to so many updates."""
+def until(row: Row, steps: int, after: str) -> Row:
+    """A trained row again, to so many updates, going on from ``after``."""
     overrides = dict(row.overrides) | {"steps": steps}
-    return Row(f"{row.label}_equal", f"{row.name}, {steps} updates", row.config, overrides, after=row.label)
+    return Row(f"{row.label}_equal", f"{row.name}, {steps} updates", row.config, overrides, after)
 
 
 def borrowed(row: Row) -> Row:
@@ -89,18 +90,18 @@ def one_step() -> Experiment:
     """A one-step student by the methods that are made for it, beside DMD and DMDR; all begin with a regression."""
     start: dict[str, Any] = {"student.steps": 1, "dynamics.dg": 0.0}
     start |= {f"ode.{key}": value for key, value in REGRESSION.items()}
-    alone = start | reward_weights(0.0)
-    cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone})
-    distil = Row("distil", "DMD only", config=CONFIG, overrides={"steps": UPDATES, **alone}, after="cold")
+    cold, distil = distilled(start)
     rewarded = start | rewards_from(COLD) | {"steps": UPDATES}
     dmdr = Row("dmdr", "DMDR", config=CONFIG, overrides=rewarded, after="cold")
     rows = [Row(method, method, config=CONFIG, overrides={"method": method, **rewarded}) for method in ONE_STEP]
-    equal = [longer(row, EQUAL_IN_ONE_STEP[row.label]) for row in (distil, *rows) if row.label in EQUAL_IN_ONE_STEP]
+    equal = [
+        until(row, EQUAL_IN_ONE_STEP[row.label], row.label) for row in (distil, *rows) if row.label in EQUAL_IN_ONE_STEP
+    ]
     teacher = dict(TEACHER, steps=1)
     return Experiment(
         name="methods_one_step",
         rows=(
-            Row("teacher", "teacher, 25 steps", of="methods"),
+            borrowed(TEACHER_ROW),
             Row("teacher_one", "teacher, 1 step", model=MODEL, draw=teacher),
             cold,
             distil,
@@ -149,7 +150,7 @@ def signal() -> Experiment:
     return Experiment(
         name="methods_signal",
         rows=(
-            Row("teacher", "teacher, 25 steps", of="methods"),
+            borrowed(TEACHER_ROW),
             cold,
             *map(borrowed, known),
             Row("rtdmd", "RTDMD", of="methods_all"),
@@ -174,9 +175,9 @@ def get_experiment(which: str = "table5") -> Experiment:
     return QUESTIONS[which]()
 
 
-def distilled() -> tuple[Row, Row]:
-    """The cold start of the four-step rows, and DMD alone that goes on from it."""
-    alone = reward_weights(0.0)
+def distilled(settings: Mapping[str, Any] = MappingProxyType({})) -> tuple[Row, Row]:
+    """The cold start, and DMD alone that goes on from it."""
+    alone = {**settings, **reward_weights(0.0)}
     cold = Row("cold", "cold start", config=CONFIG, overrides={"steps": COLD, **alone})
     return cold, Row("distil", "DMD only", config=CONFIG, overrides={"steps": UPDATES, **alone}, after="cold")
 
@@ -190,7 +191,7 @@ def table5() -> Experiment:
     logged = Logged("reward/shapes_clip", tuple((f"{name}_only", f"dmdr_{name}") for name in ALGORITHMS))
     return Experiment(
         name="methods",
-        rows=(Row("teacher", "teacher, 25 steps", model=MODEL, draw=TEACHER), cold, distil, *rows),
+        rows=(TEACHER_ROW, cold, distil, *rows),
         teacher=arguments_of(MODEL, TEACHER),
         pairs=(*pairs, ("dmdr_refl", "teacher")),
         figures=(Bars(MEASURES), Pareto("strict", "flops"), logged),
@@ -206,10 +207,9 @@ def side_by_side() -> Experiment:
     pairs = [(row.label, other) for row in others for other in ("distil", "dmdr_refl")]
     updates = tuple(row.label for row in (*table, *others))
     compute = tuple(f"{label}_equal" if label in EQUAL else label for label in updates)
-    teacher = Row("teacher", "teacher, 25 steps", of="methods")
     return Experiment(
         name="methods_all",
-        rows=(teacher, cold, *map(borrowed, table), *others, *equal),
+        rows=(borrowed(TEACHER_ROW), cold, *map(borrowed, table), *others, *equal),
         teacher=arguments_of(MODEL, TEACHER),
         pairs=(*pairs, *((row.label, "dmdr_refl") for row in equal)),
         figures=(Bars(MEASURES, ("teacher", "cold", *updates)), Bars(MEASURES, ("teacher", *compute))),
