@@ -2,9 +2,9 @@
 trains, Figure 10), and all methods side by side.
 
 Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/methods.py --out=runs/methods --jobs=2
-          methods.py:all has every preset of dmdr_jax/methods.py that needs neither a one-step student nor words that
-          the embedded world's rewards do not know (dmdr_srpo); it shows the rows of methods.py again, so run that too.
-          methods.py:signal asks what holds GRPO, DPO and RTDMD back, one change at a time from their rows.
+          methods.py:all has every preset of dmdr_jax/methods.py that needs no one-step student; it shows the rows of
+          methods.py again, so run that too.
+          methods.py:signal asks what holds GRPO, DPO, RTDMD and SRPO back, one change at a time from their rows.
           methods.py:one_step has those that are made for one step.
 
 All start from the same cold start, DMD alone: as its copy where they keep no more state than it does, else by making
@@ -30,12 +30,16 @@ TABLE = {
     "dmdr_grpo": "GRPO + DMD",
 }
 ALGORITHMS = ("refl", "dpo", "grpo")
-COPIES = ("refl_only", "dmdr_refl", "dmdr_grpo", "ddmd_adv")
+COPIES = ("refl_only", "dmdr_refl", "dmdr_srpo", "dmdr_grpo", "ddmd_adv")
 """Methods whose state is that of DMD alone, so that they can go on from its checkpoint."""
-OTHERS = ("dmd2", "ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
+OTHERS = ("dmd2", "dmdr_srpo", "ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
 NO_REWARDS = ("dmd2", "ddmd", "gndm")
-OWN = {"dmd2": {"gan.images": "shapes:small:train"}}
-"""Settings that a method would do nothing of its own without."""
+OWN = {
+    "dmd2": {"gan.images": "shapes:small:train"},
+    "dmdr_srpo": {"srpo.positive": ("and",), "srpo.negative": ("below",)},
+}
+"""Settings that a method would do nothing of its own without. SRPO's words are those of the embedded world's that leave
+shapes_hps the best judge with most of its taste for saturated pictures gone (docs/methods.md)."""
 ONE_STEP = ("gdmd", "drpo")
 """Methods that want no randomness of the sampler, so that one step is enough."""
 REGRESSION = {"steps": 300, "pairs": 1536, "teacher_steps": 15, "batch": 64, "lr": 1e-3}
@@ -129,6 +133,11 @@ SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_batch": ("grpo_only", "GRPO only, no KL, four times the batch", {"policy.kl": 0.0, "batch": 128}),
     "grpo_dm_batch": ("dmdr_grpo", "GRPO + DMD, four times the batch", {"batch": 128}),
     "dpo_refresh": ("dpo_only", "DPO only, reference renewed every 40", {"dpo.refresh": 40}),
+    "srpo_weights": (
+        "dmdr_srpo",
+        "SRPO, the authors' weights",
+        {**OWN["dmdr_srpo"], "rewards.shapes_clip.weight": 0.1, "rewards.shapes_hps.weight": 5.0},
+    ),
     "rtdmd_cold": ("rtdmd", "RTDMD, stage one alone", {"steps": COLD}),
     "rtdmd_fake": ("rtdmd", "RTDMD, stage one, 10 fake updates", {"steps": COLD, "fake.updates": 10}),
     "rtdmd_matching": ("rtdmd", "RTDMD, matching's weight 1 in stage two", {"last_step.dm_weight": 1.0}),
@@ -154,6 +163,7 @@ def signal() -> Experiment:
             cold,
             *map(borrowed, known),
             Row("rtdmd", "RTDMD", of="methods_all"),
+            Row("dmdr_srpo", "SRPO", of="methods_all"),
             *map(changed, SIGNAL),
         ),
         teacher=arguments_of(MODEL, TEACHER),
