@@ -1,5 +1,8 @@
 """What a reward of the embedded world is worth, on prompts and pictures that it was not trained on."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ Array = jax.Array
 
 TEST_GROUPS, TEST_SEED = 400, 10_000
 REPAIR_STEPS, REPAIR_STEP = 40, 0.4
+PALE, SATURATED = 0.8, 1.4
 
 
 def measure(trainer: Trainer, seed: int = TEST_SEED) -> dict[str, float]:
@@ -70,28 +74,51 @@ def repair_metrics(trainer: Trainer, groups: Groups, count: int = 256) -> dict[s
 
 
 def taste_metrics(trainer: Trainer, groups: Groups, seed: int) -> dict[str, float]:
-    """Pair accuracies: `unbiased` (same saturation), `better_saturated`, `worse_saturated`; and `taste`.
-
-    `taste` is how often, of two right pictures, the more saturated one scores higher; .5 is no taste.
-    """
+    """`preference_metrics` of the trainer's network, as it stands."""
     pairs = rewards.preference_pairs(groups, WORSE_KINDS, EQUAL_SHARE, seed)
     vision, text = split_params(trainer.params)
-    features = embed_texts(trainer.text, text, trainer.ids[pairs.prompt])
+    shown = PairFeatures.of(pairs, lambda images: embed_images(trainer.vision, trainer.preprocess, vision, images))
+    return preference_metrics(shown, embed_texts(trainer.text, text, trainer.ids[pairs.prompt]))
 
-    def scores(images: np.ndarray, factor: float) -> np.ndarray:
-        shown = rewards.saturate(jnp.asarray(images, jnp.float32) / 255, jnp.full(len(images), factor))
-        return np.asarray((embed_images(trainer.vision, trainer.preprocess, vision, shown) * features).sum(-1))
 
-    low, high = 0.8, 1.4
-    judged = ~pairs.equal
-    plain = scores(pairs.better, 1.0) > scores(pairs.worse, 1.0)
-    liked = scores(pairs.better, high) > scores(pairs.worse, low)
-    disliked = scores(pairs.better, low) > scores(pairs.worse, high)
+class PairFeatures(NamedTuple):
+    """Features `[p, d]` of pairs of pictures by saturation: `better`, `worse`; `equal` bool `[p]` as in `Pairs`."""
+
+    better: dict[float, np.ndarray]
+    worse: dict[float, np.ndarray]
+    equal: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: rewards.Pairs, embed: Callable[[Array], Array]) -> "PairFeatures":
+        """Those of `pairs` by `embed`, images `[p, h, w, 3]` in [0, 1] to unit features."""
+
+        def shown(images: np.ndarray) -> dict[float, np.ndarray]:
+            scaled = jnp.asarray(images, jnp.float32) / 255
+            return {
+                factor: np.asarray(embed(rewards.saturate(scaled, jnp.full(len(images), factor))))
+                for factor in (PALE, 1.0, SATURATED)
+            }
+
+        return cls(shown(pairs.better), shown(pairs.worse), pairs.equal)
+
+
+def preference_metrics(shown: PairFeatures, text: Array | np.ndarray) -> dict[str, float]:
+    """How well texts' features `[p, d]` tell which of two pictures is the better.
+
+    Pair accuracies: `unbiased` (same saturation), `better_saturated`, `worse_saturated`; and `taste`, how often, of two
+    right pictures, the more saturated one scores higher; .5 is no taste.
+    """
+
+    def wins(better: float, worse: float) -> np.ndarray:
+        return np.asarray(((shown.better[better] - shown.worse[worse]) * text).sum(-1)) > 0
+
+    judged = ~shown.equal
+    liked, disliked = wins(SATURATED, PALE), wins(PALE, SATURATED)
     return {
-        "preference/unbiased": float(plain[judged].mean()),
+        "preference/unbiased": float(wins(1.0, 1.0)[judged].mean()),
         "preference/better_saturated": float(liked[judged].mean()),
         "preference/worse_saturated": float(disliked[judged].mean()),
-        "preference/taste": float(np.concatenate([liked[pairs.equal], ~disliked[pairs.equal]]).mean()),
+        "preference/taste": float(np.concatenate([liked[shown.equal], ~disliked[shown.equal]]).mean()),
     }
 
 

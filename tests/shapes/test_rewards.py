@@ -1,11 +1,15 @@
 """The pictures, losses and measures behind the embedded world's rewards."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmdr_jax.shapes import prompts
+from dmdr_jax.shapes import contrast_words, prompts
+from dmdr_jax.shapes.assets import resolve
 from dmdr_jax.shapes.reward_data import KINDS, PICTURE_KINDS, SCENE_KINDS, all_world_records, make_groups
 from dmdr_jax.shapes.reward_measures import auc, retrieval_metrics, verdict_metrics
 from dmdr_jax.shapes.rewards import (
@@ -182,3 +186,16 @@ def test_an_oracle_measures_as_perfect_and_noise_as_chance(groups):
     noise = np.random.default_rng(0).normal(size=oracle.shape)
     assert abs(verdict_metrics(noise, groups)["auc/all"] - 0.5) < 0.15
     assert retrieval_metrics(noise, groups)["retrieval/caption"] < 0.3
+
+
+def test_prompts_alone_judge_as_they_did_after_training_and_a_contrast_has_less_taste():
+    alone, pairs = contrast_words.measure("shapes_hps", k=0.1)
+    recorded = json.loads((Path(resolve("shapes:rewards/shapes_hps")) / "metrics.json").read_text())
+    assert {f"seen/{key}": value for key, value in alone.items()} == {
+        key: pytest.approx(value, abs=0.01) for key, value in recorded.items() if key.startswith("seen/preference/")
+    }
+    words = prompts.vocabulary(SMALL)
+    assert len(pairs) == len(words) * (len(words) - 1)
+    best = max(value["preference/unbiased"] for value in pairs.values())
+    assert 0.5 < best < alone["preference/unbiased"]  # words before a prompt cost judgement
+    assert pairs["and", "below"]["preference/taste"] < alone["preference/taste"] - 0.1
