@@ -8,13 +8,12 @@ The folder this made, with its measurements, is dmdr_jax/shapes/assets/sdxl.
 
 from ml_collections import ConfigDict
 
+from configs.shapes import pretrain_sd3
+
 
 def get_config() -> ConfigDict:
-    c = ConfigDict()
-    c.family = "sdxl"  # architecture: sd3 or sdxl
-    c.world = "small"  # a name in dmdr_jax/shapes/world.py
-    c.seed = 0  # of first weights, scenes and noise
-
+    c = pretrain_sd3.get_config()
+    c.family = "sdxl"
     c.vae = ConfigDict(dict(source="shapes:sd3"))  # the folder whose autoencoder is taken
 
     # The U-Net's configuration, as diffusers has it.
@@ -37,20 +36,7 @@ def get_config() -> ConfigDict:
             projection_class_embeddings_input_dim=160,
         )
     )
-    c.context = 12  # tokens per prompt, start and end included
-    # Both text encoders, CLIP's in transformers' names.
-    c.text = ConfigDict(dict(hidden_size=64, intermediate_size=256, projection_dim=64, num_hidden_layers=2, heads=4))
-
-    c.teacher = ConfigDict()
-    c.teacher.scenes = 65536  # encoded once, drawn from afterwards
-    c.teacher.rich_captions = 0.5  # share of scenes described in freer wording than the prompts'
-    c.teacher.steps = 9500  # updates
-    c.teacher.batch = 64  # pictures per update
-    c.teacher.lr = 1.5e-3  # highest, at the end of the warm-up
-    c.teacher.warmup = 500  # updates over which the rate grows from 0
-    c.teacher.uncond_probability = 0.1  # share of pictures whose caption is left out
-    c.teacher.ema = 0.999  # of the weights that are kept
-    c.teacher.save_every = 1000  # updates; the command then goes on from there
+    c.teacher.steps = 9500
     c.scheduler = ConfigDict(  # as Stable Diffusion XL's
         dict(
             num_train_timesteps=1000,
