@@ -249,8 +249,8 @@ def _add_methods(c: ConfigDict) -> None:
 
     c.srpo = ConfigDict()
     c.srpo.rewards = ()  # names of the rewards whose texts are contrasted; (): those with hps in their name
-    c.srpo.positive = ()  # words before a prompt, drawn for each batch; (): the authors'
-    c.srpo.negative = ()  # words of the texts that are subtracted; (): the authors'
+    c.srpo.positive = ()  # words before a prompt, drawn for each batch; (): the authors', for shapes:... others
+    c.srpo.negative = ()  # words of the texts that are subtracted; (): as above
     c.srpo.contrast = 0.1  # k in (1 + k) positive - negative
 
 

@@ -140,7 +140,8 @@ METHODS: dict[str, Method] = {
         """DMDR's unpublished variant: `dmdr_refl` with a contrast of texts (SRPO, 2509.06942) in the HPS reward.
 
         The authors' words, k = 0.1, for the rewards in ``srpo.rewards`` (by default those with "hps" in their name)
-        that have no words of their own; they ran 200 to 300 steps of it with weights .1 for CLIP and 5 for HPS.
+        that have no words of their own; they ran 200 to 300 steps of it with weights .1 for CLIP and 5 for HPS. The
+        embedded world's rewards, which cannot read those words, have others (`shapes.contrast_words`).
         Passes: as `dmdr_refl`.""",
         lambda n: Passes(student=n.K - 1, student_update=1, score=3, reward_gradient=1),
         groups=("srpo",),
@@ -375,7 +376,8 @@ def _or(names: Any) -> str:
 
 def _contrast(config: Any) -> None:
     """Gives the chosen rewards the contrast of texts, where they have none."""
-    from dmdr_jax.rewards.contrast import AUTHORS_NEGATIVE, AUTHORS_POSITIVE
+    from dmdr_jax.rewards import contrast
+    from dmdr_jax.shapes import assets, contrast_words
 
     chosen = tuple(config.srpo.rewards) or tuple(name for name in config.rewards if "hps" in name)
     if missing := [name for name in chosen if name not in config.rewards]:
@@ -385,6 +387,7 @@ def _contrast(config: Any) -> None:
     for name in chosen:
         reward = config.rewards[name]
         if not reward.get("positive_words"):
-            reward.positive_words = tuple(config.srpo.positive or AUTHORS_POSITIVE)
-            reward.negative_words = tuple(config.srpo.negative or AUTHORS_NEGATIVE)
+            words = contrast_words if reward.path.startswith(assets.PREFIX) else contrast
+            reward.positive_words = tuple(config.srpo.positive or words.POSITIVE)
+            reward.negative_words = tuple(config.srpo.negative or words.NEGATIVE)
             reward.contrast = config.srpo.contrast

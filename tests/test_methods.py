@@ -5,6 +5,11 @@ import pytest
 from configs import base
 from dmdr_jax import cli, methods
 from dmdr_jax.errors import UserError
+from dmdr_jax.rewards.base import RewardSpec
+from dmdr_jax.rewards.registry import open_spec
+from dmdr_jax.shapes import assets
+from dmdr_jax.shapes.prompts import balanced_train_prompts
+from dmdr_jax.shapes.world import SMALL
 from dmdr_jax.training import compose, setup
 from tests.training import gaussian
 
@@ -119,6 +124,20 @@ def test_srpo_contrasts_the_texts_of_hps_alone():
     c = methods.resolve(c)
     assert c.rewards.hps.positive_words == ("Natural-lighting", "Detailed", "Realistic")
     assert c.rewards.hps.contrast == 0.1 and not c.rewards.clip.get("positive_words")
+
+
+def test_srpo_takes_words_that_the_embedded_rewards_can_read():
+    c = methods.resolve(cli.load_config("configs/shapes/sd3.py", ["method=dmdr_srpo"]))
+    reward = open_spec(RewardSpec("hps", assets.resolve(c.rewards.shapes_hps.path), **words_of(c.rewards.shapes_hps)))
+    assert reward.spec.contrasted
+    reward.check_prompts(balanced_train_prompts(SMALL))
+
+    c = methods.resolve(cli.load_config("configs/shapes/sd3.py", ["method=dmdr_srpo", "srpo.positive=('red',)"]))
+    assert words_of(c.rewards.shapes_hps) == {"positive_words": ("red",), "negative_words": ("below",)}
+
+
+def words_of(reward):
+    return {key: tuple(reward[key]) for key in ("positive_words", "negative_words")}
 
 
 def test_gndms_modes_are_forms_of_distribution_matching():

@@ -20,8 +20,9 @@ Array = jax.Array
 SEPARATOR = ". "
 CHECKED = 500
 """Prompts that `check_words` looks at."""
-AUTHORS_POSITIVE = ("Natural-lighting", "Detailed", "Realistic")
-AUTHORS_NEGATIVE = ("Painting", "CG Render", "Oil")
+# The authors' words.
+POSITIVE = ("Natural-lighting", "Detailed", "Realistic")
+NEGATIVE = ("Painting", "CG Render", "Oil")
 
 
 def contrast_words(spec: RewardSpec, prompts: Sequence[str]) -> tuple[str, str]:

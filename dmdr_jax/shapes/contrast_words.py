@@ -13,6 +13,8 @@ from dmdr_jax import cli
 from dmdr_jax.errors import UserError
 from dmdr_jax.shapes.train_rewards import NAMES
 
+POSITIVE, NEGATIVE = ("and",), ("below",)
+"""What `dmdr_srpo` takes for these rewards, which know some twenty words and spell the authors' letter by letter."""
 WORLD = "small"
 
 

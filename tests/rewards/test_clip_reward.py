@@ -14,7 +14,7 @@ from PIL import Image
 from dmdr_jax.errors import UserError
 from dmdr_jax.rewards.base import Reward, RewardSpec
 from dmdr_jax.rewards.clip_reward import CLIP_MEAN, CLIP_STD, Preprocessing, load_clip_reward, unit
-from dmdr_jax.rewards.contrast import AUTHORS_NEGATIVE, AUTHORS_POSITIVE, contrast_words
+from dmdr_jax.rewards.contrast import NEGATIVE, POSITIVE, contrast_words
 from dmdr_jax.rewards.feature_cache import FeatureCache
 from dmdr_jax.shapes.tokenizer import make_tokenizers, save_tokenizer
 from tests.torch_weights import randomise
@@ -245,11 +245,11 @@ def test_words_that_leave_no_room_for_the_prompts_are_refused(clip):
 
 
 def test_words_of_a_contrast_depend_on_the_batch_alone():
-    spec = RewardSpec("hps", positive_words=AUTHORS_POSITIVE, negative_words=AUTHORS_NEGATIVE)
+    spec = RewardSpec("hps", positive_words=POSITIVE, negative_words=NEGATIVE)
     batches = [[f"prompt {i}", f"prompt {i + 1}"] for i in range(60)]
     words = [contrast_words(spec, batch) for batch in batches]
     assert words == [contrast_words(spec, batch) for batch in batches]
-    assert set(words) == {(p, n) for p in AUTHORS_POSITIVE for n in AUTHORS_NEGATIVE}
+    assert set(words) == {(p, n) for p in POSITIVE for n in NEGATIVE}
 
 
 def test_files_of_any_size_are_scored_as_transformers_scores_them(clip):
