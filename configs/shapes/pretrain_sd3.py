@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
 
     c.vae = ConfigDict()
     c.vae.source = ""  # a folder whose autoencoder is taken; "": trained here
+    c.vae.start = ""  # a folder whose autoencoder, of the same shape, the training begins with; "": fresh weights
     # The autoencoder's configuration, as diffusers has it.
     c.vae.model = ConfigDict(
         dict(

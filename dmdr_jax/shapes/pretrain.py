@@ -72,11 +72,20 @@ def autoencoder(config: Any, work: Path) -> tuple[dict[str, Any], Tree]:
     file = work / "vae.pkl"
     if not file.exists():
         settings = {k: config.vae[k] for k in ("steps", "batch", "lr", "kl_weight")}
-        params, statistics = train_vae(vae, get_world(config.world), seed=config.seed, **settings)
+        start = load_autoencoder(config.vae.start).params["vae"] if config.vae.start else None
+        params, statistics = train_vae(vae, get_world(config.world), seed=config.seed, start=start, **settings)
         params = finetune_decoder(vae, params, get_world(config.world), seed=config.seed + 7, **config.vae.decoder)
         write_whole(file, (jax.tree.map(np.asarray, params), statistics))
     params, (scaling_factor, shift_factor) = pickle.loads(file.read_bytes())
     return shape | {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "act_fn": "silu"}, params
+
+
+def load_autoencoder(folder: str) -> Any:
+    """The autoencoder of a pipeline's folder, or of a shipped one, as a pipeline without the rest."""
+    from dmdr_jax.diffusers_io.pipeline import load_pipeline
+    from dmdr_jax.shapes.assets import resolve
+
+    return load_pipeline(resolve(folder), ["vae"])
 
 
 def centred_autoencoder(config: Any) -> tuple[dict[str, Any], Tree]:
@@ -85,12 +94,10 @@ def centred_autoencoder(config: Any) -> tuple[dict[str, Any], Tree]:
     The two 1 x 1 convolutions that SDXL's autoencoder has beside its latents subtract and add each channel's mean,
     so that the codec is the same function.
     """
-    from dmdr_jax.diffusers_io.pipeline import load_pipeline
-    from dmdr_jax.shapes.assets import resolve
     from dmdr_jax.shapes.pretrain_vae import centre_latents
     from dmdr_jax.shapes.world import get_world
 
-    source = load_pipeline(resolve(config.vae.source), ["vae"])
+    source = load_autoencoder(config.vae.source)
     vae: Any = source.modules["vae"]
     params, scaling_factor = centre_latents(vae, source.params["vae"], get_world(config.world))
     centred = {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": scaling_factor}

@@ -28,11 +28,25 @@ def vae_loss(vae: AutoencoderKL, params: Tree, images: Array, key: Array, kl_wei
     return loss, {"l1": jnp.abs(error).mean(), "mse": (error**2).mean(), "kl": kl}
 
 
-def train_vae(vae: AutoencoderKL, world: World, *, steps: int, batch: int, lr: float, kl_weight: float, seed: int):
-    """Returns the trained parameters and (scaling_factor, shift_factor) that standardise the latents."""
+def train_vae(
+    vae: AutoencoderKL,
+    world: World,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    kl_weight: float,
+    seed: int,
+    start: Tree | None = None,
+) -> tuple[Tree, tuple[float, float]]:
+    """Returns the trained parameters and (scaling_factor, shift_factor) that standardise the latents.
+
+    Args:
+      start: parameters to begin with; None: fresh ones.
+    """
     rng = np.random.default_rng(seed)
     side = world.size
-    params = vae.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
+    params = start or vae.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, lr * 0.01)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
