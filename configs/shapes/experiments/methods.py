@@ -123,6 +123,7 @@ def one_step() -> Experiment:
     )
 
 
+SRPO_WEIGHTS = {"rewards.shapes_clip.weight": 0.1, "rewards.shapes_hps.weight": 5.0}
 SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_free": ("grpo_only", "GRPO only, no KL", {"policy.kl": 0.0}),
     "grpo_slow": (
@@ -133,11 +134,8 @@ SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_batch": ("grpo_only", "GRPO only, no KL, four times the batch", {"policy.kl": 0.0, "batch": 128}),
     "grpo_dm_batch": ("dmdr_grpo", "GRPO + DMD, four times the batch", {"batch": 128}),
     "dpo_refresh": ("dpo_only", "DPO only, reference renewed every 40", {"dpo.refresh": 40}),
-    "srpo_weights": (
-        "dmdr_srpo",
-        "SRPO, the authors' weights",
-        {**OWN["dmdr_srpo"], "rewards.shapes_clip.weight": 0.1, "rewards.shapes_hps.weight": 5.0},
-    ),
+    "srpo_weights": ("dmdr_srpo", "SRPO, the authors' weights", {**OWN["dmdr_srpo"], **SRPO_WEIGHTS}),
+    "refl_weights": ("dmdr_refl", "ReFL + DMD, SRPO's weights", SRPO_WEIGHTS),
     "rtdmd_cold": ("rtdmd", "RTDMD, stage one alone", {"steps": COLD}),
     "rtdmd_fake": ("rtdmd", "RTDMD, stage one, 10 fake updates", {"steps": COLD, "fake.updates": 10}),
     "rtdmd_matching": ("rtdmd", "RTDMD, matching's weight 1 in stage two", {"last_step.dm_weight": 1.0}),
@@ -146,7 +144,7 @@ SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def signal() -> Experiment:
-    """GRPO and DPO with less noise in their gradient, or less in their way; RTDMD's first stage by itself."""
+    """GRPO and DPO with less noise in their gradient, or less in their way; SRPO's weights; RTDMD's first stage."""
 
     def changed(label: str) -> Row:
         method, title, own = SIGNAL[label]
@@ -155,7 +153,8 @@ def signal() -> Experiment:
         return Row(label, title, config=CONFIG, overrides=settings, after=after)
 
     cold, distil = distilled()
-    known = (distil, *(trained(method, TABLE[method]) for method in ("grpo_only", "dmdr_grpo", "dpo_only")))
+    borrowed_methods = ("dmdr_refl", "grpo_only", "dmdr_grpo", "dpo_only")
+    known = (distil, *(trained(method, TABLE[method]) for method in borrowed_methods))
     return Experiment(
         name="methods_signal",
         rows=(
@@ -173,6 +172,7 @@ def signal() -> Experiment:
             ("grpo_slow", "grpo_free"),
             ("grpo_batch", "grpo_free"),
             ("rtdmd_fake", "rtdmd_cold"),
+            ("srpo_weights", "refl_weights"),
         ),
         figures=(Bars(MEASURES), Logged("reward/shapes_clip", (("grpo_only", *list(SIGNAL)[:3]),))),
     )
