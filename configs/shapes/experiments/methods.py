@@ -173,6 +173,8 @@ def signal() -> Experiment:
             ("grpo_batch", "grpo_free"),
             ("rtdmd_fake", "rtdmd_cold"),
             ("srpo_weights", "refl_weights"),
+            ("srpo_weights", "distil"),
+            ("srpo_weights", "dmdr_refl"),
         ),
         figures=(Bars(MEASURES), Logged("reward/shapes_clip", (("grpo_only", *list(SIGNAL)[:3]),))),
     )
