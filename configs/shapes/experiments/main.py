@@ -8,6 +8,7 @@ which still learns after 500 updates, is trained for twice as long as well, the 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dmdr_jax.experiments.spec import Along, Bars, Curves, Experiment, Pareto, Row, arguments_of
@@ -39,7 +40,14 @@ def rewards_from(step: int, ramp: int = RAMP) -> dict[str, int]:
 
 def get_experiment(shape: str = "sd3") -> Experiment:
     longer = LONGER if shape == "sd3" else LONGER[:1]
-    return make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, longer)
+    made = make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, longer)
+    if shape != "sdxl":
+        return made
+    best = Row(
+        "guidance_2", "teacher, 25 steps, guidance 2", of="teacher_sdxl"
+    )  # of all guidances tried, for that shape
+    pairs = ((label, best.label) for label in ("dmdr", longer[0][0]))
+    return replace(made, rows=(made.rows[0], best, *made.rows[1:]), pairs=(*made.pairs, *pairs))
 
 
 def make(
