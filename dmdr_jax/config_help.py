@@ -2,7 +2,7 @@
 
 A configuration file says `c.group.key = default  # meaning`, with `c` made by ConfigDict. A meaning that does not fit
 beside its key stands on the lines above. A group that a function of the same file makes, as in `c.lora = _lora(64)`,
-has that function's keys.
+has that function's keys; a file that begins with another's, `c = sd3.get_config()`, has that one's meanings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-BASE = pathlib.Path(__file__).parents[1] / "configs" / "base.py"
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = ROOT / "configs" / "base.py"
 WIDTH = 44
 """Columns up to the meaning."""
 NAMED = {"rewards": "reward", "watch.rewards": "reward"}
@@ -46,9 +47,18 @@ def listing(file: pathlib.Path, keys: Sequence[tuple[str, Any]]) -> Iterator[str
 
 
 def all_meanings(file: pathlib.Path) -> dict[str, str]:
-    """The meanings in configs/base.py, and after them those of the file's own keys."""
+    """The meanings in configs/base.py, and after them those of the keys of the file and of what it begins with."""
     base = meanings(BASE)
-    return {**base, **meanings(file), **base}
+    return {**base, **_inherited(file), **base}
+
+
+def _inherited(file: pathlib.Path) -> dict[str, str]:
+    """The file's meanings, and where it gives none those of the configuration that it begins with."""
+    reader = _Reader(file.read_text(encoding="utf-8"))
+    module = reader.begins_with()
+    parent = ROOT.joinpath(*module.split(".")).with_suffix(".py") if module else None
+    found = _inherited(parent) if parent and parent.is_file() else {}
+    return found | {key: text for key, text in meanings(file).items() if text or key not in found}
 
 
 def meaning_of(key: str, known: dict[str, str]) -> str:
@@ -85,8 +95,22 @@ class _Reader:
     """
 
     def __init__(self, source: str):
-        self.functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        body = ast.parse(source).body
+        self.functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+        self._imported = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
         self._beside, self._alone = _comments(source)
+
+    def begins_with(self) -> str:
+        """The module whose `get_config` this one's calls, as in `from configs.shapes import sd3`; "" for none."""
+        for node in ast.walk(self.functions["get_config"]) if "get_config" in self.functions else ():
+            if isinstance(node, ast.Attribute) and node.attr == "get_config" and isinstance(node.value, ast.Name):
+                return self._imported.get(node.value.id, "")
+        return ""
 
     def keys(self, function: str) -> Iterator[tuple[str, str]]:
         """(key, meaning) of all that the function sets on ``c``, and of what it has other functions of the file set."""

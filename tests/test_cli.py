@@ -245,6 +245,14 @@ def test_every_key_of_every_configuration_is_explained(spec):
     assert all(f"  --config.{key}={value!r}" in text for key, value in keys)
 
 
+def test_what_a_configuration_begins_with_explains_its_keys(tmp_path):
+    file = tmp_path / "mine.py"
+    lines = ("from configs.shapes import pretrain_sd3 as first", "def get_config():", "    c = first.get_config()")
+    file.write_text("\n".join([*lines, "    c.vae.steps = 5", "    c.teacher.lr = 1.0  # mine", "    return c"]))
+    known = config_help.all_meanings(file)
+    assert (known["vae.steps"], known["teacher.lr"], known["vae.batch"]) == ("updates", "mine", "pictures per update")
+
+
 def test_the_programs_help_explains_every_key():
     command = [sys.executable, "-m", "dmdr_jax.train", "--config=configs/shapes/sd3.py", "--config.help"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
