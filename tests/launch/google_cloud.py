@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import socketserver
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -207,8 +208,11 @@ class GoogleCloud:
                 (self.disk / "nodes" / node / f"worker-{worker}").mkdir(parents=True)
 
     def _remove_nodes(self, name: str) -> None:
+        """Their folders are taken away at once: what still runs there may write until it ends."""
         for node in self._nodes(name):
-            shutil.rmtree(self.disk / "nodes" / node)
+            gone = Path(tempfile.mkdtemp(dir=self.disk))
+            (self.disk / "nodes" / node).rename(gone / node)
+            shutil.rmtree(gone, ignore_errors=True)
             if node != name or ("queued-resources", name) in self._resources:
                 del self._resources["tpu-vm", node]
 
