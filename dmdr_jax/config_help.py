@@ -49,16 +49,7 @@ def listing(file: pathlib.Path, keys: Sequence[tuple[str, Any]]) -> Iterator[str
 def all_meanings(file: pathlib.Path) -> dict[str, str]:
     """The meanings in configs/base.py, and after them those of the keys of the file and of what it begins with."""
     base = meanings(BASE)
-    return {**base, **_inherited(file), **base}
-
-
-def _inherited(file: pathlib.Path) -> dict[str, str]:
-    """The file's meanings, and where it gives none those of the configuration that it begins with."""
-    reader = _Reader(file.read_text(encoding="utf-8"))
-    module = reader.begins_with()
-    parent = ROOT.joinpath(*module.split(".")).with_suffix(".py") if module else None
-    found = _inherited(parent) if parent and parent.is_file() else {}
-    return found | {key: text for key, text in meanings(file).items() if text or key not in found}
+    return {**base, **meanings(file), **base}
 
 
 def meaning_of(key: str, known: dict[str, str]) -> str:
@@ -77,14 +68,16 @@ def _general(key: str) -> str:
 def meanings(file: pathlib.Path) -> dict[str, str]:
     """Keys (and groups) that a configuration file sets, with the comments that explain them, "" where there is none.
 
-    The keys of what the user names, which the functions of `NAMED` make, stand under NAME.
+    The keys of what the user names, which the functions of `NAMED` make, stand under NAME. A key that the file leaves
+    without a comment has the meaning of the configuration that the file begins with.
     """
-    source = file.read_text(encoding="utf-8")
-    reader = _Reader(source)
-    found = dict(reader.keys("get_config"))
+    reader = _Reader(file.read_text(encoding="utf-8"))
+    own = dict(reader.keys("get_config"))
     for group, function in NAMED.items():
-        found |= {f"{group}.NAME.{key}": text for key, text in reader.keys(function)}
-    return found
+        own |= {f"{group}.NAME.{key}": text for key, text in reader.keys(function)}
+    first = reader.begins_with()
+    found = meanings(first) if first else {}
+    return found | {key: text for key, text in own.items() if text or key not in found}
 
 
 class _Reader:
@@ -105,12 +98,14 @@ class _Reader:
         }
         self._beside, self._alone = _comments(source)
 
-    def begins_with(self) -> str:
-        """The module whose `get_config` this one's calls, as in `from configs.shapes import sd3`; "" for none."""
+    def begins_with(self) -> pathlib.Path | None:
+        """The file here whose `get_config` this one's calls, imported as in `from configs.shapes import sd3`."""
         for node in ast.walk(self.functions["get_config"]) if "get_config" in self.functions else ():
             if isinstance(node, ast.Attribute) and node.attr == "get_config" and isinstance(node.value, ast.Name):
-                return self._imported.get(node.value.id, "")
-        return ""
+                module = self._imported.get(node.value.id)
+                file = ROOT.joinpath(*module.split(".")).with_suffix(".py") if module else None
+                return file if file and file.is_file() else None
+        return None
 
     def keys(self, function: str) -> Iterator[tuple[str, str]]:
         """(key, meaning) of all that the function sets on ``c``, and of what it has other functions of the file set."""

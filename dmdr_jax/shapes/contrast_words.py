@@ -36,8 +36,8 @@ def main(args: argparse.Namespace) -> None:
     alone, pairs = measure(args.reward, args.k)
     print(line("the prompt alone", alone))
     found = sorted(pairs.items(), key=lambda item: -item[1]["preference/unbiased"])
-    unbiased = [item for item in found if item[1]["preference/taste"] <= args.most_taste]
-    for (positive, negative), metrics in unbiased[: args.count]:
+    kept = [item for item in found if item[1]["preference/taste"] <= args.most_taste]
+    for (positive, negative), metrics in kept[: args.count]:
         print(line(f"{positive!r} - {negative!r}", metrics))
 
 

@@ -43,9 +43,8 @@ def get_experiment(shape: str = "sd3") -> Experiment:
     made = make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, longer)
     if shape != "sdxl":
         return made
-    best = Row(
-        "guidance_2", "teacher, 25 steps, guidance 2", of="teacher_sdxl"
-    )  # of all guidances tried, for that shape
+    # The best of the guidances that teacher.py:sdxl tries.
+    best = Row("guidance_2", "teacher, 25 steps, guidance 2", of="teacher_sdxl")
     pairs = ((label, best.label) for label in ("dmdr", longer[0][0]))
     return replace(made, rows=(made.rows[0], best, *made.rows[1:]), pairs=(*made.pairs, *pairs))
 

@@ -34,12 +34,8 @@ COPIES = ("refl_only", "dmdr_refl", "dmdr_srpo", "dmdr_grpo", "ddmd_adv")
 """Methods whose state is that of DMD alone, so that they can go on from its checkpoint."""
 OTHERS = ("dmd2", "dmdr_srpo", "ddmd", "ddmd_adv", "gdmd", "gndm", "gndmr", "rtdmd")
 NO_REWARDS = ("dmd2", "ddmd", "gndm")
-OWN = {
-    "dmd2": {"gan.images": "shapes:small:train"},
-    "dmdr_srpo": {"srpo.positive": ("and",), "srpo.negative": ("below",)},
-}
-"""Settings that a method would do nothing of its own without. SRPO's words are those of the embedded world's that leave
-shapes_hps the best judge with most of its taste for saturated pictures gone (docs/methods.md)."""
+OWN = {"dmd2": {"gan.images": "shapes:small:train"}}
+"""Settings that a method would do nothing of its own without."""
 ONE_STEP = ("gdmd", "drpo")
 """Methods that want no randomness of the sampler, so that one step is enough."""
 REGRESSION = {"steps": 300, "pairs": 1536, "teacher_steps": 15, "batch": 64, "lr": 1e-3}
@@ -134,7 +130,7 @@ SIGNAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grpo_batch": ("grpo_only", "GRPO only, no KL, four times the batch", {"policy.kl": 0.0, "batch": 128}),
     "grpo_dm_batch": ("dmdr_grpo", "GRPO + DMD, four times the batch", {"batch": 128}),
     "dpo_refresh": ("dpo_only", "DPO only, reference renewed every 40", {"dpo.refresh": 40}),
-    "srpo_weights": ("dmdr_srpo", "SRPO, the authors' weights", {**OWN["dmdr_srpo"], **SRPO_WEIGHTS}),
+    "srpo_weights": ("dmdr_srpo", "SRPO, the authors' weights", SRPO_WEIGHTS),
     "refl_weights": ("dmdr_refl", "ReFL + DMD, SRPO's weights", SRPO_WEIGHTS),
     "rtdmd_cold": ("rtdmd", "RTDMD, stage one alone", {"steps": COLD}),
     "rtdmd_fake": ("rtdmd", "RTDMD, stage one, 10 fake updates", {"steps": COLD, "fake.updates": 10}),
@@ -153,8 +149,8 @@ def signal() -> Experiment:
         return Row(label, title, config=CONFIG, overrides=settings, after=after)
 
     cold, distil = distilled()
-    borrowed_methods = ("dmdr_refl", "grpo_only", "dmdr_grpo", "dpo_only")
-    known = (distil, *(trained(method, TABLE[method]) for method in borrowed_methods))
+    compared = ("dmdr_refl", "grpo_only", "dmdr_grpo", "dpo_only")
+    known = (distil, *(trained(method, TABLE[method]) for method in compared))
     return Experiment(
         name="methods_signal",
         rows=(
