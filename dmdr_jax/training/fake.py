@@ -1,6 +1,7 @@
 """One update of the fake score, whatever it is trained on, and of the discriminator that rides on it."""
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +121,8 @@ def apply_gradients(
     norm = optax.global_norm(grads)
     updates, new_opt_state = tx.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)
-    keep = lambda new, old: jnp.where(jnp.isfinite(norm), new, old)  # noqa: E731
+    # Three selections for each leaf, of which SDXL's U-Net has 500: not `jnp.where`, a function for the compiler each.
+    keep = partial(jax.lax.select, jnp.isfinite(norm))
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), norm
 
 
