@@ -1,5 +1,6 @@
 """What tables and figures make of records: against numbers worked out by hand."""
 
+import json
 import math
 import re
 import types
@@ -11,7 +12,8 @@ import pytest
 
 from dmdr_jax.errors import UserError
 from dmdr_jax.experiments import charts, figures, records, results, statistics, tables
-from dmdr_jax.experiments.spec import Bars, Curves, Experiment, Logged, Pareto, Row, Sweep
+from dmdr_jax.experiments.spec import Bars, Curves, Experiment, Logged, Pareto, Pretraining, Row, Sweep
+from dmdr_jax.shapes.prompts import TAGS
 
 ROOT = Path(__file__).parents[1]
 TEACHER = "shapes:sd3,steps=25"
@@ -215,6 +217,21 @@ def test_what_training_logged_is_averaged_over_entries_and_seeds(written):
     (point,) = figures._as_logged(tables.lines_of(TOY, written)[1], "reward/r")
     assert (point.x, point.y) == (3.0, pytest.approx(2.0 + 1 / 3)) and point.error == pytest.approx(1.0)
     assert figures._as_logged(tables.lines_of(TOY, written)[2], "reward/r") == ()
+
+
+def test_how_a_teacher_was_trained_is_drawn_from_its_folder(tmp_path):
+    rows = [{"step": 10 * i, "loss": 1 / i, "strict": i / 5, **dict.fromkeys(TAGS, i / 9)} for i in (1, 2, 3)]
+    (tmp_path / "training.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    figure = Pretraining(str(tmp_path))
+    verdicts, loss = figures._pretraining(figure, [])
+    for panel, curves in ((verdicts, 1 + len(TAGS)), (loss, 1)):
+        circles = elements([panel], "circle")
+        across = [float(circle.get("cx")) for circle in circles[:3]]
+        assert len(circles) == 3 * curves and across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.1)
+    down = [float(circle.get("cy")) for circle in elements([loss], "circle")]
+    assert (down[1] - down[0]) / (down[2] - down[0]) == pytest.approx(0.5 / (2 / 3), abs=1e-2)
+    assert "single object" in [e.text for e in elements([verdicts], "text")]
+    assert figures.draw(figure, TOY, []).startswith("<svg") and str(tmp_path) in figures.describe(figure)
 
 
 def elements(panels, kind, name="*"):

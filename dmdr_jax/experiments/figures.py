@@ -1,16 +1,20 @@
 """Figures of an experiment, from its records."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmdr_jax.experiments import charts
 from dmdr_jax.experiments.records import Record
-from dmdr_jax.experiments.spec import TEACHER, Bars, Curves, Experiment, Figure, Logged, Pareto, Sweep
+from dmdr_jax.experiments.spec import TEACHER, Bars, Curves, Experiment, Figure, Logged, Pareto, Pretraining, Sweep
 from dmdr_jax.experiments.statistics import over_seeds
 from dmdr_jax.experiments.tables import Line, column_of, value
+from dmdr_jax.shapes.assets import resolve
+from dmdr_jax.shapes.prompts import TAGS
 
 X_NAMES = {
     "step": "generator updates",
@@ -25,8 +29,7 @@ Drawer = Callable[[Any, Sequence[Line]], list[charts.Panel]]
 def draw(figure: Figure, experiment: Experiment, lines: Sequence[Line]) -> str | None:
     """The text of an SVG file; None where there is nothing to show yet."""
     chosen = [line for line in lines if line.row.label in (figure.rows or experiment.labels)]
-    kinds: dict[type, Drawer] = {Bars: _bars, Curves: _curves, Logged: _logged, Pareto: _pareto, Sweep: _sweep}
-    panels = kinds[type(figure)](figure, chosen)
+    panels = _DRAWERS[type(figure)](figure, chosen)
     return charts.write_svg(panels, describe(figure)) if panels else None
 
 
@@ -36,6 +39,8 @@ def describe(figure: Figure) -> str:
         return f"{column_of(figure.measure).title} against {X_NAMES[figure.x]}"
     if isinstance(figure, Logged):
         return f"{column_of(figure.metric).title} of the batches of training, over {X_NAMES['step']}"
+    if isinstance(figure, Pretraining):
+        return f"strict verdict by task and loss of {figure.model} as it was trained, over its updates"
     names = ", ".join(column_of(key).title for key in figure.measures)
     if isinstance(figure, Curves):
         return f"{names} along training, over {X_NAMES[figure.x]}"
@@ -177,3 +182,26 @@ def _sweep(figure: Sweep, lines: Sequence[Line]) -> list[charts.Panel]:
             series = [charts.Series("", points)]
             panels.append(charts.xy_panel(column_of(key).title, series, figure.axis, log_x=bool(spread)))
     return panels
+
+
+def _pretraining(figure: Pretraining, lines: Sequence[Line]) -> list[charts.Panel]:
+    del lines
+    text = Path(resolve(figure.model), "training.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+
+    def series(key: str, name: str) -> charts.Series:
+        return charts.Series(name, tuple(charts.Point(row["step"], row[key]) for row in rows))
+
+    verdicts = [series("strict", "all tasks"), *(series(tag, tag.replace("_", " ")) for tag in TAGS)]
+    loss = [series("loss", "")]
+    return [charts.xy_panel("strict", verdicts, "updates"), charts.xy_panel("loss", loss, "updates")]
+
+
+_DRAWERS: dict[type, Drawer] = {
+    Bars: _bars,
+    Curves: _curves,
+    Logged: _logged,
+    Pareto: _pareto,
+    Pretraining: _pretraining,
+    Sweep: _sweep,
+}

@@ -147,7 +147,15 @@ class Sweep:
     rows: tuple[str, ...] = ()
 
 
-Figure = Bars | Curves | Logged | Pareto | Sweep
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """How a model of the embedded world came to be: its loss and its verdicts by task, from its ``training.jsonl``."""
+
+    model: str
+    rows: tuple[str, ...] = ()
+
+
+Figure = Bars | Curves | Logged | Pareto | Pretraining | Sweep
 
 
 @dataclasses.dataclass(frozen=True)

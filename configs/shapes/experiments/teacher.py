@@ -5,7 +5,7 @@ Command:  python -m dmdr_jax.sweep --experiment=configs/shapes/experiments/teach
 """
 
 from configs.shapes.experiments.main import SHAPES, TEACHER
-from dmdr_jax.experiments.spec import Bars, Experiment, Pareto, Row, arguments_of
+from dmdr_jax.experiments.spec import Bars, Experiment, Pareto, Pretraining, Row, arguments_of
 
 STEPS = (4, 10, 50)  # with the usual guidance
 GUIDANCE = (1, 2, 5)  # with the usual steps
@@ -27,5 +27,9 @@ def get_experiment(shape: str = "sd3") -> Experiment:
         teacher=arguments_of(model, TEACHER),
         pairs=tuple((row.label, "teacher") for row in rows),
         tasks=True,
-        figures=(Bars(("strict", "judge/shapes_judge", "background_entropy")), Pareto("strict", "nfe")),
+        figures=(
+            Bars(("strict", "judge/shapes_judge", "background_entropy")),
+            Pareto("strict", "nfe"),
+            Pretraining(model),
+        ),
     )
