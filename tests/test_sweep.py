@@ -217,7 +217,52 @@ def test_a_kill_costs_only_what_was_not_saved(config, programs, tmp_path):
     assert not runner.Runner([job]).run()
     state = job.state()["train"]
     assert state["done"] and state["attempts"] == 2 and "begins at 2" in job.log.read_text()
-    assert records.make_record(job)["cost"]["interruptions"] == 1
+    cost = records.make_record(job)["cost"]
+    assert cost["interruptions"] == 1 and cost["total_cpu_seconds"] == cost["training_cpu_seconds"]
+    assert state["updates"] >= 6 and cost["training_seconds"] == round(state["seconds"], 1)
+
+
+def test_a_cost_that_nobody_noted_in_full_is_not_told(config, programs, tmp_path):
+    """Of a run killed together with its sweep only what came after is known, and of what goes on from it too."""
+    experiment = experiment_of(config)
+    found, failures, _ = run(experiment, tmp_path)
+    a, b = found["a seed 0"], found["b seed 0"]
+    assert not failures and {"training_cpu_seconds", "total_cpu_seconds"} <= set(records.make_record(b)["cost"])
+    assert (a.state()["train"]["updates"], b.state()["train"]["updates"]) == (6, 5)
+    state = a.state()
+    state["train"]["updates"] -= 1
+    jobs.write_json(a.folder / jobs.JOB_FILE, state)
+    assert not {"training_cpu_seconds", "total_cpu_seconds"} & set(records.make_record(a)["cost"])
+    cost = records.make_record(b)["cost"]
+    assert "training_cpu_seconds" in cost and "total_cpu_seconds" not in cost
+
+
+def test_a_key_that_a_newer_version_knows_makes_nothing_undone(config, programs, tmp_path):
+    """Neither is the run trained again, nor is what it took forgotten."""
+    found, _, _ = run(experiment_of(config), tmp_path)
+    job = found["a seed 0"]
+    state = job.state()
+    before = state["train"]["cpu_seconds"]
+    del state["train"]["settings"]["config"]["lr"]
+    jobs.write_json(job.folder / jobs.JOB_FILE, state)
+    assert job.next_step() is None
+    step = job.steps()[0]
+    job.note(step, done=True, cpu_seconds=1.0)
+    assert job.state()["train"]["cpu_seconds"] == before + 1.0
+    state["train"]["settings"]["config"]["lr"] = 77.0
+    jobs.write_json(job.folder / jobs.JOB_FILE, state)
+    assert job.next_step().name == "train"
+    job.note(step, cpu_seconds=1.0)
+    assert job.state()["train"]["cpu_seconds"] == 1.0
+
+
+def test_a_run_that_goes_on_begins_with_the_metrics_up_to_there(tmp_path):
+    (tmp_path / "a/checkpoints/4").mkdir(parents=True)
+    lines = [json.dumps({"step": i}) for i in range(1, 7)]
+    (tmp_path / "a/metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
+    jobs.fork(tmp_path / "a", 4, tmp_path / "b")
+    assert (tmp_path / "b/metrics.jsonl").read_text() == "\n".join(lines[:4]) + "\n"
+    assert jobs.last_step(tmp_path / "b/metrics.jsonl") == 4 and jobs.last_step(tmp_path / "a/metrics.jsonl") == 6
 
 
 def test_what_an_earlier_sweep_left_running_is_waited_for(config, programs, tmp_path):

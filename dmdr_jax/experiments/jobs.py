@@ -165,14 +165,14 @@ class Job:
     # --- what is done --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """job.json: by step its settings, whether it is done, seconds, CPU seconds and attempts."""
+        """job.json: by step its settings, whether it is done, seconds, CPU seconds, updates and attempts."""
         return read_json(self.folder / JOB_FILE) or {}
 
     def is_done(self, step: Step) -> bool:
         if step.name == COST:  # one for all seeds
             return (read_json(step.product) or {}).get("stages") == step.settings
         known = self.state().get(step.name, {})
-        return step.product.exists() and bool(known.get("done")) and known["settings"] == plain(step.settings)
+        return step.product.exists() and bool(known.get("done")) and same_settings(step, known["settings"])
 
     def next_step(self) -> Step | None:
         """The first command that is not done."""
@@ -184,9 +184,10 @@ class Job:
         A training run that goes on makes what follows it undone.
         """
         state, settings = self.state(), plain(step.settings)
-        if state.get(step.name, {}).get("settings") != settings:
-            state[step.name] = {"settings": settings}
+        if step.name not in state or not same_settings(step, state[step.name]["settings"]):
+            state[step.name] = {}
         known = state[step.name]
+        known["settings"] = settings
         for key, value in changes.items():
             is_amount = isinstance(value, int | float) and not isinstance(value, bool)
             known[key] = known.get(key, 0) + value if is_amount else value
@@ -258,7 +259,8 @@ def fork(source: Path, step: int, target: Path) -> None:
     shutil.rmtree(half, ignore_errors=True)  # what a kill left
     shutil.copytree(checkpoint, half / CHECKPOINTS / str(step))
     with contextlib.suppress(FileNotFoundError):
-        shutil.copy(source / METRICS, half / METRICS)  # later lines are dropped when the run goes on
+        lines = (source / METRICS).read_bytes().splitlines(keepends=True)
+        (half / METRICS).write_bytes(b"".join(line for line in lines if step_of(line, default=step + 1) <= step))
     os.replace(half, target)
 
 
@@ -270,10 +272,15 @@ def last_step(metrics: Path, default: int = 0) -> int:
             lines = file.read().splitlines()
     except OSError:
         return default
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return int(json.loads(line)["step"])
-    return default
+    return next((step for line in reversed(lines) if (step := step_of(line, -1)) >= 0), default)
+
+
+def step_of(line: bytes, default: int) -> int:
+    """The step of a line of a metrics.jsonl; the default where it is no whole line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return default
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -283,6 +290,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     if then["after"] != now["after"]:
         found["after"] = (then["after"], now["after"])
     return found
+
+
+def same_settings(step: Step, then: Any) -> bool:
+    """Whether settings noted before are the step's; a training run's as `differences` compares them."""
+    now = plain(step.settings)
+    return not differences(then, now) if step.name == TRAIN else then == now
 
 
 def plain(value: Any) -> Any:

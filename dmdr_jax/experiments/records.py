@@ -164,24 +164,34 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def cost_of(job: Job) -> dict[str, Any]:
-    """Seconds, CPU seconds, updates and operations; of the whole training also what the row went on from."""
+    """Seconds, CPU seconds, updates and operations; of the whole training also what the row went on from.
+
+    What a training run took is left out where nobody was there to note all of it, as after a kill.
+    """
     state, chain = job.state(), _chain(job)
     costs: dict[str, Any] = {"interruptions": sum(max(0, s.get("attempts", 1) - 1) for s in state.values())}
     for name, step in (("training", TRAIN), ("evaluation", EVALUATE)):
-        if step in state:
+        if step in state and (step != TRAIN or _is_noted(job)):
             costs |= {f"{name}_{key}": round(state[step].get(key, 0.0), 1) for key in ("seconds", "cpu_seconds")}
     timed = state.get(TRAIN, {})
     if timed.get("timed_updates"):
         costs["seconds_per_update"] = round(timed["timed_seconds"] / timed["timed_updates"], 4)
     if chain:
         costs["updates"] = job.config.steps if job.row.config else job.first_step
-        spent = sum(share * link.state().get(TRAIN, {}).get("cpu_seconds", 0.0) for link, share in chain)
-        costs["total_cpu_seconds"] = round(spent, 1)
+        if all(_is_noted(link) for link, _ in chain):
+            spent = sum(share * link.state().get(TRAIN, {}).get("cpu_seconds", 0.0) for link, share in chain)
+            costs["total_cpu_seconds"] = round(spent, 1)
     counted = next((read_json(step.product) for step in job.steps() if step.name == COST), None) or {}
     return costs | {f"flops_{key}": counted[key] for key in _COUNTED if key in counted}
 
 
 _COUNTED = ("fake_update", "generator_update", "training")
+
+
+def _is_noted(job: Job) -> bool:
+    """Whether the attempts at a training run whose costs were noted made all of its updates."""
+    updates = job.config.steps - job.first_step
+    return bool(job.state().get(TRAIN, {}).get("updates", updates) >= updates)
 
 
 def _chain(job: Job) -> list[tuple[Job, float]]:

@@ -199,13 +199,15 @@ class Runner:
         self._fail(job, f"{step.name} {reason(code, job.log, step)}")
 
     def _spent(self, active: _Active, usage: Any) -> dict[str, Any]:
-        """Amounts of this attempt, to be added up; updates and their seconds without start and compiling."""
+        """Amounts of this attempt, to be added up; the timed updates and seconds are without start and compiling."""
         now = time.monotonic()
         spent: dict[str, Any] = {
             "seconds": round(now - active.started, 1),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "attempts": 1,
         }
+        if active.step.name == TRAIN:
+            spent["updates"] = active.job.progress() - active.first
         if active.steady is not None:
             since, first = active.steady
             spent |= {"timed_seconds": round(now - since, 1), "timed_updates": active.job.progress() - first}
