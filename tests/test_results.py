@@ -289,6 +289,21 @@ def test_names_beside_points_do_not_cover_each_other():
     assert len(heights) == 3 and min(np.diff(heights)) >= charts.NAME_HEIGHT - 0.1
 
 
+def test_many_points_have_numbers_and_their_names_stand_below():
+    points = tuple(charts.Point(x, x % 3, name=f"point {x}") for x in range(1, charts.NAMES + 2))
+    panel = charts.xy_panel("", [charts.Series("", points, joined=False)], "x")
+    found = elements([panel], "text")
+    names = [e for e in found if e.text.startswith("point")]
+    assert [e.text for e in names] == [point.name for point in points]
+    assert float(names[0].get("y")) > charts.HEIGHT and float(names[-1].get("y")) < panel.height
+    for point, name in zip(points, names):
+        number = point.name.removeprefix("point ")
+        beside = [e for e in found if e.text == number and e.get("y") == name.get("y")]
+        assert len(beside) == 1 and sum(e.text == number for e in found) >= 2
+    few = charts.xy_panel("", [charts.Series("", points[:3], joined=False)], "x")
+    assert few.height == charts.HEIGHT
+
+
 def test_the_front_is_what_nothing_cheaper_reaches():
     points = [charts.Point(x, y) for x, y in ((3, 0.5), (1, 0.2), (2, 0.1), (4, 0.4), (5, 0.9))]
     assert [(p.x, p.y) for p in figures._front(points, 1)] == [(1, 0.2), (3, 0.5), (5, 0.9)]

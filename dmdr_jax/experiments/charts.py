@@ -6,7 +6,7 @@ byte for byte for the same numbers.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from dmdr_jax.evaluation.curves import ticks
@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 380, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 42
 BAR, BAR_LEFT, LETTER = 24, 20, 7.1  # pixels: of a bar, beside its names, of a letter
 KEY_LINE, NAME_HEIGHT = 17, 13
+NAMES = 6  # beside points; where there are more, numbers stand there and the names below
 COLORS = ("#0f6f78", "#c4622d", "#6b55b8", "#7d8b2f", "#b3376b", "#3c6fc4", "#8a6d3b", "#4d4d4d")
 
 STYLE = """
@@ -127,7 +128,7 @@ def xy_panel(
     key: bool = True,
     level: tuple[str, float] | None = None,
 ) -> Panel:
-    """Points of several series, their errors as bands (joined) or whiskers; a key below.
+    """Points of several series, their errors as bands (joined) or whiskers; a key below, and what many points are.
 
     Args:
       level: the name and value of something to compare with, a broken line all the way across.
@@ -141,9 +142,14 @@ def xy_panel(
         parts.append(_line("level", LEFT, y, WIDTH - RIGHT, y))
         parts.append(_text(WIDTH - RIGHT, y - 4 if y > TOP + 12 else y + 13, level[0], anchor="end"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, anchor="middle"))
+    numbers = _numbers(series)
     for i, one in enumerate(series):
-        parts += _joined(one, place, _color(i)) if one.joined else _cloud(one, place, _color(i))
+        parts += _joined(one, place, _color(i)) if one.joined else _cloud(_named(one, numbers), place, _color(i))
     height: float = HEIGHT
+    for name, number in numbers.items():
+        parts.append(_text(LEFT + 14, height + 10, number, anchor="end"))
+        parts.append(_text(LEFT + 20, height + 10, name))
+        height += KEY_LINE
     if key and len(series) > 1:
         for i, one in enumerate(series):
             y = HEIGHT + 12 + KEY_LINE * i
@@ -151,6 +157,17 @@ def xy_panel(
             parts.append(_text(LEFT + 20, y - 2, one.name))
         height += KEY_LINE * len(series) + 8
     return Panel(WIDTH, height, tuple(parts))
+
+
+def _numbers(series: Sequence[Series]) -> dict[str, str]:
+    """What stands beside points in place of their names, where there are too many names."""
+    names = [point.name for one in series if not one.joined for point in one.points if point.name]
+    return {name: str(i) for i, name in enumerate(names, 1)} if len(names) > NAMES else {}
+
+
+def _named(series: Series, numbers: Mapping[str, str]) -> Series:
+    points = (dataclasses.replace(point, name=numbers.get(point.name, point.name)) for point in series.points)
+    return dataclasses.replace(series, points=tuple(points))
 
 
 Place = Callable[[float, float], tuple[float, float]]
