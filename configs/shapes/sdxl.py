@@ -2,7 +2,7 @@
 
 Command:   python -m dmdr_jax.train --config=configs/shapes/sdxl.py --workdir=runs/shapes_sdxl
 Result:    three seeds, 480 prompts (docs/results.md): strict verdict .744 +- .037 at 4 NFE, where the teacher has .671
-           at 50 NFE and .575 at 8; .689 after 500 updates. 48 CPU minutes on an AMD EPYC, shared.
+           at 50 NFE and .575 at 8; .689 after 500 updates. 54 CPU minutes on an AMD EPYC, shared.
 `bash launch/demo.sh sdxl` trains it and measures it. Settings of configs/shapes/sd3.py where nothing is said.
 """
 

@@ -41,12 +41,26 @@ def rewards_from(step: int, ramp: int = RAMP) -> dict[str, int]:
 def get_experiment(shape: str = "sd3") -> Experiment:
     longer = LONGER if shape == "sd3" else LONGER[:1]
     made = make("main" if shape == "sd3" else f"main_{shape}", shape, UPDATES, EVERY, {}, longer)
+    if shape == "sdxl_1step":
+        return replace(made, rows=(*made.rows, *held(shape)), pairs=(*made.pairs, *HELD_PAIRS))
     if shape != "sdxl":
         return made
     # The best of the guidances that teacher.py:sdxl tries.
     best = Row("guidance_2", "teacher, 25 steps, guidance 2", of="teacher_sdxl")
     pairs = ((label, best.label) for label in ("dmdr", longer[0][0]))
     return replace(made, rows=(made.rows[0], best, *made.rows[1:]), pairs=(*made.pairs, *pairs))
+
+
+HELD_PAIRS = (("dmd_held", "dmd"), ("dmdr_held", "dmdr"), ("dmdr_held", "dmd_held"), ("dmdr_held", "teacher"))
+
+
+def held(shape: str) -> tuple[Row, ...]:
+    """DMD and DMDR with renoise times that stay high, where the configuration has them uniform."""
+    common = {"steps": UPDATES, "dynamics.rs": "hold"}
+    return (
+        Row("dmd_held", "DMD only, high noise", config=SHAPES[shape][0], overrides=common | reward_weights(0.0)),
+        Row("dmdr_held", "DMDR, high noise", config=SHAPES[shape][0], overrides=common),
+    )
 
 
 def make(
