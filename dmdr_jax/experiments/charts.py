@@ -152,7 +152,7 @@ def xy_panel(
         height += KEY_LINE
     if key and len(series) > 1:
         for i, one in enumerate(series):
-            y = HEIGHT + 12 + KEY_LINE * i
+            y = height + 12 + KEY_LINE * i
             parts.append(f'<rect x="{LEFT}" y="{y - 8}" width="14" height="4" rx="2" fill="{_color(i)}"/>')
             parts.append(_text(LEFT + 20, y - 2, one.name))
         height += KEY_LINE * len(series) + 8
