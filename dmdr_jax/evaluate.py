@@ -27,6 +27,8 @@ from dmdr_jax import cli
 
 DEFAULT_REWARDS = "shapes:rewards/shapes_clip,shapes:rewards/shapes_hps"
 DEFAULT_JUDGE = "shapes:rewards/shapes_judge"
+DEFAULTS_OF = "small"
+"""The world that they were trained in; in another one nothing is scored by default but by its verifier."""
 BENCHMARKS = ("geneval", "dpg", "hpsv2", "compbench")
 REWARD = "NAME=PATH[,tokenizer=FOLDER,...]"
 
@@ -54,10 +56,12 @@ def parser() -> argparse.ArgumentParser:
     measured.add_argument("--reward", action="append", metavar=REWARD, help="a score, again for each")
     measured.add_argument("--trained", metavar="NAME,...", help="those of --reward that a student was trained on")
     measured.add_argument(
-        "--rewards", help=f"rewards trained on, PATH,... or none (default in a world: {DEFAULT_REWARDS})"
+        "--rewards",
+        help=f"rewards trained on, PATH,... or none (default in the {DEFAULTS_OF} world: {DEFAULT_REWARDS})",
     )
     measured.add_argument(
-        "--judge", help=f"rewards never trained on, PATH,... or none (default in a world: {DEFAULT_JUDGE})"
+        "--judge",
+        help=f"rewards never trained on, PATH,... or none (default in the {DEFAULTS_OF} world: {DEFAULT_JUDGE})",
     )
     measured.add_argument(
         "--features", action="append", metavar="NAME=PATH",

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     c.text = ConfigDict(dict(hidden_size=64, intermediate_size=256, projection_dim=64, num_hidden_layers=2, heads=4))
 
     c.teacher = ConfigDict()
+    c.teacher.start = ""  # a folder whose networks, of the same sizes, the training begins with; "": fresh weights
     c.teacher.scenes = 65536  # encoded once, drawn from afterwards
     c.teacher.rich_captions = 0.5  # share of scenes described in freer wording than the prompts'
     c.teacher.steps = 16000  # updates

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dmdr_jax.errors import UserError
-from dmdr_jax.evaluate import DEFAULT_JUDGE, DEFAULT_REWARDS
+from dmdr_jax.evaluate import DEFAULT_JUDGE, DEFAULT_REWARDS, DEFAULTS_OF
 from dmdr_jax.evaluation import results as files
 from dmdr_jax.evaluation import shapes_eval
 from dmdr_jax.evaluation.contestants import check_complete, draw_own, model_row
@@ -57,7 +57,9 @@ def evaluate_world(args: Any, entries: list[Entry], ask: Questions) -> str:
     started = time.time()
     assert ask.world is not None
     _refuse_elsewhere(args, entries)
-    scorers = {f"{kind}/{name}": s for kind, option in KINDS.items() for name, s in _scorers(args, option).items()}
+    scorers = {
+        f"{kind}/{name}": s for kind, option in KINDS.items() for name, s in _scorers(args, option, ask.world).items()
+    }
     models = open_models(entries, args.dtype)
     recipes = [model.recipe(e.steps, e.kernel, e.guidance, ask.size(model)) for e, model in zip(entries, models)]
     _check_sizes(entries, models, ask.world)
@@ -110,8 +112,9 @@ def _refuse_elsewhere(args: Any, entries: list[Entry]) -> None:
             )
 
 
-def _scorers(args: Any, option: str) -> dict[str, ClipReward]:
-    named = getattr(args, option) or {"rewards": DEFAULT_REWARDS, "judge": DEFAULT_JUDGE}[option]
+def _scorers(args: Any, option: str, world: World) -> dict[str, ClipReward]:
+    own = {"rewards": DEFAULT_REWARDS, "judge": DEFAULT_JUDGE} if world.name == DEFAULTS_OF else {}
+    named = getattr(args, option) or own.get(option, "none")
     return load_scorers([] if named == "none" else named.split(","), option)
 
 
@@ -122,7 +125,7 @@ def _check_sizes(entries: list[Entry], models: list[Model], world: World) -> Non
             size = " x ".join(map(str, model.size))
             raise UserError(
                 f"{entry.name} draws {size} pixels and the world {world.name!r} has {world.size} x {world.size}: "
-                "give --prompts FILE for models from outside it."
+                "give --world for a model of another one, --prompts FILE for models from outside them."
             )
 
 

@@ -8,6 +8,7 @@ diffusers folder in half precision, scored on prompts not trained on.
 import json
 import pickle
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ cli.define_config("configs/shapes/pretrain_sd3.py")
 
 Tree = Any
 
+CHUNK = 4096  # scenes rendered at a time
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -123,8 +125,8 @@ def scene_set(config: Any, vae: Any, vae_params: Tree, tokenizers: Any) -> Any:
     from dmdr_jax.shapes.world import get_world
 
     world, rng, latents, captions = get_world(config.world), np.random.default_rng(config.seed + 2), [], []
-    for _ in range(0, config.teacher.scenes, 4096):
-        scenes, words = prompts.sample_batch(world, 4096, rng)
+    for start in range(0, config.teacher.scenes, CHUNK):
+        scenes, words = prompts.sample_batch(world, min(CHUNK, config.teacher.scenes - start), rng)
         raw: Any = encode_images(vae, vae_params, render.render(world, scenes))
         latents.append(latents_from_raw(raw, vae.config))
         rich = rng.random(len(words)) < config.teacher.rich_captions
@@ -138,6 +140,41 @@ def token_ids(tokenizers: Any, captions: list[str]) -> dict[str, Any]:
 
     padded = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
     return {n: np.asarray(t(captions, **padded)["input_ids"], np.int32) for n, t in zip(TEXT_ENCODERS, tokenizers)}
+
+
+def started(params: dict[str, Tree], tokenizers: Any, folder: str) -> dict[str, Tree]:
+    """Fresh networks with the weights of a pipeline's folder, which may know fewer words and shorter prompts.
+
+    A word's embedding is that of the same word; of a longer table of positions the first are the folder's.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from dmdr_jax.diffusers_io.pipeline import load_pipeline
+    from dmdr_jax.shapes.assets import resolve
+
+    source = load_pipeline(resolve(folder), list(params))
+
+    def begin(name: str, path: Any, fresh: Any, known: Any) -> Any:
+        if fresh.shape[1:] != known.shape[1:] or len(fresh) < len(known):
+            where = "/".join(key.key for key in path)
+            raise UserError(
+                f"config.teacher.start={folder}: {name}/{where} is {known.shape} there and {fresh.shape} here."
+            )
+        if fresh.shape == known.shape:
+            return known.astype(fresh.dtype)
+        if any("token_embedding" in key.key for key in path):
+            ours, theirs = (t.get_vocab() for t in (tokenizers[TEXT_ENCODERS.index(name)], source.tokenizers[name]))
+            words = sorted(ours.keys() & theirs.keys())
+            rows, known = jnp.asarray([ours[word] for word in words]), known[jnp.asarray([theirs[w] for w in words])]
+        else:
+            rows = jnp.arange(len(known))
+        return fresh.at[rows].set(known)
+
+    return {
+        name: jax.tree_util.tree_map_with_path(partial(begin, name), tree, source.params[name])
+        for name, tree in params.items()
+    }
 
 
 def train_teacher(config: Any, out: Path) -> None:
@@ -175,6 +212,8 @@ def train_teacher(config: Any, out: Path) -> None:
     def initialise() -> training.TeacherState:
         keys = jax.random.split(jax.random.key(config.seed + 4), len(trained))
         params = {n: init_params(family.classes[n][1], modules[n], key) for key, n in zip(keys, trained)}
+        if settings.start:
+            params = started(params, tokenizers, settings.start)
         ema = jax.tree.map(jnp.copy, params)
         return training.TeacherState(jnp.zeros((), jnp.int32), params, optimiser.init(params), ema)
 

@@ -99,7 +99,7 @@ def training_times(process: Process, key: Array, batch: int) -> tuple[Array, Arr
 
 def make_optimiser(lr: float, warmup: int, steps: int) -> optax.GradientTransformation:
     """AdamW with warm-up and cosine decay; the position table is a buffer and stays as it is."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, lr * 0.02)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(warmup, steps // 2), steps, lr * 0.02)
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.01))
     return optax.partition({"train": adamw, "buffer": optax.set_to_zero()}, _labels)
 

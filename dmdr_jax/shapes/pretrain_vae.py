@@ -47,7 +47,7 @@ def train_vae(
     rng = np.random.default_rng(seed)
     side = world.size
     params = start or vae.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 100, steps, lr * 0.01)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, steps // 2), steps, lr * 0.01)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
     @jax.jit

@@ -13,7 +13,7 @@ from dmdr_jax.evaluation import results as files
 from dmdr_jax.evaluation import run, shapes_eval
 from dmdr_jax.evaluation.entries import Entry, parse_entries, parse_entry
 from dmdr_jax.evaluation.run import Questions
-from dmdr_jax.shapes.world import SMALL
+from dmdr_jax.shapes.world import LARGE, SMALL
 from tests.evaluation.fake_models import FakeModel, install
 
 MODELS = ["--model", "teacher=a,steps=25,guidance=3", "--model", "student=b"]
@@ -86,6 +86,14 @@ def test_from_command_line_to_files(arguments):
         assert (stored["model_1"][-1] == 128).all()
 
 
+def test_a_world_is_scored_by_rewards_that_know_it_or_by_those_that_are_named(arguments):
+    assert set(run._scorers(arguments(), "rewards", SMALL)) == {"shapes_clip", "shapes_hps"}
+    assert set(run._scorers(arguments(), "judge", SMALL)) == {"shapes_judge"}
+    assert not any(run._scorers(arguments(), option, LARGE) for option in ("rewards", "judge"))
+    named = arguments("--judge", "shapes:rewards/shapes_judge")
+    assert set(run._scorers(named, "judge", LARGE)) == {"shapes_judge"}
+
+
 def test_same_seed_same_questions(arguments):
     a, b, c = (Questions.make(arguments("--seed", seed)) for seed in ("1", "1", "2"))
     assert (a.prompts, a.seeds) == (b.prompts, b.seeds)
@@ -105,7 +113,7 @@ def test_several_images_per_prompt_start_from_different_noise(arguments, tmp_pat
     [
         (["--prompts", "p.txt", "--world", "small"], "exclude each other"),
         (["--world", "tiny"], "unknown world"),
-        (["--world", "large", "--rewards", "none", "--judge", "none"], "draws 32 x 32 pixels"),
+        (["--world", "large"], "draws 32 x 32 pixels"),
         (["--per_tag", "0"], "--per_tag must be at least 1"),
         (["--rewards", "shapes:nowhere"], "is not shipped"),
     ],

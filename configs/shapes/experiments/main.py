@@ -46,10 +46,13 @@ def get_experiment(shape: str = "sd3") -> Experiment:
         return replace(made, rows=(*made.rows, *held(shape)), pairs=(*made.pairs, *HELD_PAIRS))
     if shape != "sdxl":
         return made
-    # The best of the guidances that teacher.py:sdxl tries.
+    # The best of the guidances that teacher.py:sdxl tries: to draw with, and to be matched.
     best = Row("guidance_2", "teacher, 25 steps, guidance 2", of="teacher_sdxl")
-    pairs = ((label, best.label) for label in ("dmdr", longer[0][0]))
-    return replace(made, rows=(made.rows[0], best, *made.rows[1:]), pairs=(*made.pairs, *pairs))
+    twice = {**made.rows[-1].overrides, "guidance.scale": 2.0}
+    matched = Row("dmdr_guidance_2", "DMDR, twice as long, guidance 2", config=made.rows[-1].config, overrides=twice)
+    pairs = [(label, best.label) for label in ("dmdr", "dmdr_twice", matched.label)]
+    pairs += [(matched.label, other) for other in ("teacher", "dmdr_twice")]
+    return replace(made, rows=(made.rows[0], best, *made.rows[1:], matched), pairs=(*made.pairs, *pairs))
 
 
 HELD_PAIRS = (("dmd_held", "dmd"), ("dmdr_held", "dmdr"), ("dmdr_held", "dmd_held"), ("dmdr_held", "teacher"))
