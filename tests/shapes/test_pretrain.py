@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.shapes import pretrain_sd3, pretrain_sd3_large
+from configs.shapes import pretrain_sd3, pretrain_sd3_64px
 from dmdr_jax.diffusers_io.pipeline import load_pipeline
 from dmdr_jax.errors import UserError
 from dmdr_jax.shapes import pretrain
@@ -84,7 +84,7 @@ def stop_after(function, name):
 
 
 def test_a_larger_world_begins_with_what_a_smaller_one_knows(first, tmp_path):
-    config = small(pretrain_sd3_large.get_config())
+    config = small(pretrain_sd3_64px.get_config())
     config.vae.start = config.teacher.start = str(first / "pipeline")
     config.teacher.update(steps=1, lr=0.0)
     config.seed = 1
@@ -103,7 +103,7 @@ def test_a_larger_world_begins_with_what_a_smaller_one_knows(first, tmp_path):
 
 
 def test_a_start_of_another_size_is_refused(first, tmp_path):
-    config = small(pretrain_sd3_large.get_config())
+    config = small(pretrain_sd3_64px.get_config())
     config.vae.start = config.teacher.start = str(first / "pipeline")
     config.text.intermediate_size = 24
     with pytest.raises(UserError, match=r"teacher\.start=.*text_encoder.*mlp.fc1.* is \(1, 16\) there and \(1, 24\)"):

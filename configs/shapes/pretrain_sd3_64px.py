@@ -1,6 +1,6 @@
 """A teacher of the harder world, SD3-shaped: 64 px, eight shapes and colours, up to four objects.
 
-Command:  python -m dmdr_jax.shapes.pretrain --config=configs/shapes/pretrain_sd3_large.py --out=DIR
+Command:  python -m dmdr_jax.shapes.pretrain --config=configs/shapes/pretrain_sd3_64px.py --out=DIR
 Stages:   as configs/shapes/pretrain_sd3.py, whose sizes these are. Both begin with what is shipped for 32 px: the
           autoencoder knows half of the colours, and the transformer, with 64 patches for 16, half of the words.
 """
