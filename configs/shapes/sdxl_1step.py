@@ -5,8 +5,8 @@ Command:   python -m dmdr_jax.train --config=configs/shapes/sdxl_1step.py --work
 Pure noise in, timestep 399 told, as DMD2 and DMDR do at full size: the student first regresses on pairs that the
 teacher makes (`ode`), then as configs/shapes/sdxl.py without a dynamic cold start.
 
-Result:    three seeds, 480 prompts (docs/results.md): strict verdict .445 +- .037 in 1 evaluation, where the teacher has
-           .671 in 50 and .000 in one step, and distribution matching alone .347. 25 CPU minutes on an AMD EPYC.
+Result:    three seeds, 480 prompts (docs/results.md): strict verdict .445 +- .037 in 1 evaluation, where the teacher
+           has .671 in 50 and .000 in one step, and distribution matching alone .347. 25 CPU minutes on an AMD EPYC.
 """
 
 from ml_collections import ConfigDict
