@@ -9,7 +9,7 @@ import pytest
 from configs.shapes import pretrain_sd3, pretrain_sd3_64px
 from dmdr_jax.diffusers_io.pipeline import load_pipeline
 from dmdr_jax.errors import UserError
-from dmdr_jax.shapes import pretrain
+from dmdr_jax.shapes import pretrain_stages
 
 TEXT = "text_encoder"
 WORDS = "text_model", "embeddings.token_embedding", "embedding"
@@ -44,7 +44,7 @@ def first(tmp_path_factory):
 
 def run(config, out):
     (out / "work").mkdir(parents=True, exist_ok=True)
-    pretrain.train_teacher(config, out)
+    pretrain_stages.train_teacher(config, out)
 
 
 def leaf(tree, path):
@@ -65,7 +65,7 @@ def test_the_same_command_goes_on_where_it_stopped(first, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/vae.pkl").write_bytes((first / "work/vae.pkl").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "write_whole", stop_after(pretrain.write_whole, "teacher.pkl"))
+        patch.setattr(pretrain_stages, "write_whole", stop_after(pretrain_stages.write_whole, "teacher.pkl"))
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path)
     run(config, tmp_path)
