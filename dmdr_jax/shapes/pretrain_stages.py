@@ -68,7 +68,6 @@ def autoencoder(config: Any, work: Path) -> tuple[dict[str, Any], Tree]:
     """The autoencoder's config.json contents and parameters, of the folder ``vae.source`` or trained in DIR/work."""
     if config.vae.source:
         return centred_autoencoder(config)
-
     shape = {k: list(v) if isinstance(v, tuple) else v for k, v in config.vae.model.items()}
     levels = len(shape["block_out_channels"])
     shape |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
@@ -136,19 +135,17 @@ def started(params: dict[str, Tree], tokenizers: Any, folder: str) -> dict[str, 
     source = load_pipeline(resolve(folder), list(params))
 
     def begin(name: str, path: Any, fresh: Any, known: Any) -> Any:
-        if fresh.shape[1:] != known.shape[1:] or len(fresh) < len(known):
-            where = "/".join(key.key for key in path)
-            raise UserError(
-                f"config.teacher.start={folder}: {name}/{where} is {known.shape} there and {fresh.shape} here."
-            )
-        if fresh.shape == known.shape:
-            return known.astype(fresh.dtype)
         if any("token_embedding" in key.key for key in path):
             ours, theirs = (t.get_vocab() for t in (tokenizers[TEXT_ENCODERS.index(name)], source.tokenizers[name]))
             words = sorted(ours.keys() & theirs.keys())
             rows, known = jnp.asarray([ours[word] for word in words]), known[jnp.asarray([theirs[w] for w in words])]
         else:
             rows = jnp.arange(len(known))
+        if fresh.shape[1:] != known.shape[1:] or len(fresh) < len(known):
+            where = "/".join(key.key for key in path)
+            raise UserError(
+                f"config.teacher.start={folder}: {name}/{where} is {known.shape} there and {fresh.shape} here."
+            )
         return fresh.at[rows].set(known)
 
     return {
@@ -175,16 +172,19 @@ def train_teacher(config: Any, out: Path) -> None:
     optimiser = training.make_optimiser(settings.lr, settings.warmup, settings.steps)
     step_fn = training.make_step(loss_fn, optimiser, settings.ema, config.seed + 3)
 
-    def initialise() -> training.TeacherState:
+    def first_params() -> dict[str, Tree]:
         keys = jax.random.split(jax.random.key(config.seed + 4), len(trained))
-        params = {n: init_params(family.classes[n][1], modules[n], key) for key, n in zip(keys, trained)}
+        return {n: init_params(family.classes[n][1], modules[n], key) for key, n in zip(keys, trained)}
+
+    file = work / "teacher.pkl"
+    if file.exists():
+        state = jax.tree.map(jnp.asarray, pickle.loads(file.read_bytes()))
+    else:
+        params = jax.jit(first_params)()
         if settings.start:
             params = started(params, tokenizers, settings.start)
         ema = jax.tree.map(jnp.copy, params)
-        return training.TeacherState(jnp.zeros((), jnp.int32), params, optimiser.init(params), ema)
-
-    file = work / "teacher.pkl"
-    state = jax.tree.map(jnp.asarray, pickle.loads(file.read_bytes())) if file.exists() else jax.jit(initialise)()
+        state = training.TeacherState(jnp.zeros((), jnp.int32), params, optimiser.init(params), ema)
     start = int(state.step)
     bar = tqdm(total=settings.steps, initial=start, desc="teacher", mininterval=10)
     losses, began = [], time.time()

@@ -48,10 +48,11 @@ def get_experiment(shape: str = "sd3") -> Experiment:
         return made
     # The best of the guidances that teacher.py:sdxl tries: to draw with, and to be matched.
     best = Row("guidance_2", "teacher, 25 steps, guidance 2", of="teacher_sdxl")
-    twice = {**made.rows[-1].overrides, "guidance.scale": 2.0}
-    matched = Row("dmdr_guidance_2", "DMDR, twice as long, guidance 2", config=made.rows[-1].config, overrides=twice)
-    pairs = [(label, best.label) for label in ("dmdr", "dmdr_twice", matched.label)]
-    pairs += [(matched.label, other) for other in ("teacher", "dmdr_twice")]
+    twice = made.rows[-1]
+    lower = {**twice.overrides, "guidance.scale": 2.0}
+    matched = Row("dmdr_guidance_2", f"{twice.title}, guidance 2", config=twice.config, overrides=lower)
+    pairs = [(label, best.label) for label in ("dmdr", twice.label, matched.label)]
+    pairs += [(matched.label, other) for other in ("teacher", twice.label)]
     return replace(made, rows=(made.rows[0], best, *made.rows[1:], matched), pairs=(*made.pairs, *pairs))
 
 
